@@ -1,0 +1,53 @@
+# make demo   sets everything up and runs the main job (pictures and metrics.json under out/)
+# make test   sets everything up and passes the tests
+# make bench  the CPU benchmark suite
+#
+# PYTHON chooses the interpreter of the virtual environment, TORCH the requirement for torch.
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+OUT ?= out
+BENCH_ARGS ?=
+TEST_ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/* csrc/cuda/*)
+
+.PHONY: setup demo test lint format bench clean
+
+$(VENV)/created: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)" numpy
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+		"setuptools>=77" wheel ninja pybind11
+	touch $@
+
+$(VENV)/built: $(VENV)/created setup.py $(NATIVE)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+		--no-build-isolation --editable ".[lab,bench,test,dev]"
+	touch $@
+
+setup: $(VENV)/built
+
+demo: setup
+	$(BIN)/python -m srn_lab demo --out $(OUT)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cpu/*.inc
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cpu/*.inc
+
+test: lint
+	$(BIN)/python -m pytest --require-backend cpu $(TEST_ARGS)
+
+bench: setup
+	$(BIN)/python -m benchmarks run $(BENCH_ARGS)
+
+clean:
+	rm -rf build $(OUT) srn_kernels/*.so *.egg-info

@@ -1,0 +1,9 @@
+// The kernels for any processor of the target architecture (SSE2 on x86-64, NEON on arm64).
+#include <cstdint>
+
+#include "kernels.h"
+
+#define SRN_ISA isa_baseline
+#define SRN_ISA_NAME "baseline"
+#define SRN_VECTOR_BYTES 16
+#include "kernels.inc"

@@ -1,0 +1,168 @@
+"""The autograd node of a round: all layers forward in one op, all gradients back in one op."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from srn_kernels import ops, reference
+from srn_kernels.backends import cpu
+
+
+class Plan(NamedTuple):
+    """The constants of a round, one entry a layer in every tuple."""
+
+    target_ranks: tuple[float, ...]
+    iterations: tuple[int, ...]
+    dims: tuple[int, ...]
+    eps: tuple[float, ...]
+    out_dtypes: tuple[torch.dtype, ...]
+    names: tuple[str, ...]
+    offsets: tuple[int, ...]
+    state_size: int
+    backend: str
+
+
+def _plain_eager() -> bool:
+    """Neither compiling nor under a torch.func transform."""
+    return (
+        not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is None
+    )
+
+
+def _new_like(weights: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
+    """Uninitialised tensors with the weights' sizes and strides."""
+    if (
+        not torch.compiler.is_compiling()
+        and cpu.unavailable_reason() is None
+        and type(weights[0]) in (Tensor, torch.nn.Parameter)
+        and weights[0].device.type == "cpu"
+    ):
+        # Recycled memory: on a CPU, touching fresh pages costs more than the arithmetic.
+        if all(d == w.dtype for d, w in zip(dtypes, weights, strict=True)):
+            return cpu.take_like(weights)
+        if len(set(dtypes)) == 1:
+            return cpu.take_like(weights, dtypes[0])
+    return [
+        torch.empty_strided(w.shape, w.stride(), dtype=d, device=w.device)
+        for w, d in zip(weights, dtypes, strict=True)
+    ]
+
+
+class StableRankNormFunction(torch.autograd.Function):
+    """W_hat of all layers of a round, with the gradient of constant u and v (Algorithm 2).
+
+    ``apply(plan, *weights, *us, *vs)`` returns ``(*W_hat, round_state, stats)``; the last two carry
+    no gradient. Given a finished round's ``round_state`` and ``stats`` as two more arguments, the
+    same W_hat is computed again without touching the state. Twice differentiable in eager mode.
+    Several backwards may reach one node; layers without a gradient get None.
+    """
+
+    @staticmethod
+    def forward(plan: Plan, *tensors: Tensor) -> tuple[Tensor, ...]:
+        n = len(plan.dims)
+        weights, us, vs = tensors[:n], tensors[n : 2 * n], tensors[2 * n : 3 * n]
+        outs = _new_like(weights, plan.out_dtypes)
+        if len(tensors) > 3 * n:
+            round_state, stats = (t.clone() for t in tensors[3 * n :])
+        else:
+            round_state = us[0].new_empty(plan.state_size)
+            stats = us[0].new_empty((n, len(reference.STATS)), dtype=torch.float64)
+        ops.normalize(
+            weights,
+            us,
+            vs,
+            outs,
+            round_state,
+            stats,
+            plan.offsets,
+            plan.target_ranks,
+            plan.iterations,
+            plan.dims,
+            plan.eps,
+            plan.backend,
+        )
+        return (*outs, round_state, stats)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        plan, *tensors = inputs
+        weights = tuple(tensors[: len(plan.dims)])
+        round_state, stats = output[-2:]
+        ctx.mark_non_differentiable(round_state, stats)
+        ctx.set_materialize_grads(False)
+        ctx.plan = plan
+        ctx.state_arguments = len(tensors) - len(weights)
+        # Saved tensors die with the first backward; a round may be reached by several (D(real) and
+        # D(fake)), so in eager mode the node itself keeps them and checks their versions.
+        ctx.kept = _plain_eager()
+        if ctx.kept:
+            ctx.tensors = (*weights, round_state, stats)
+            ctx.versions = [w._version for w in weights]
+            ctx.backward_seen = False
+        else:
+            ctx.save_for_backward(*weights, round_state, stats)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        plan = ctx.plan
+        n = len(plan.dims)
+        *weights, round_state, stats = ctx.tensors if ctx.kept else ctx.saved_tensors
+        if ctx.kept:
+            ctx.backward_seen = True
+            for i, weight in enumerate(weights):
+                if weight._version != ctx.versions[i] and grads[i] is not None:
+                    raise RuntimeError(
+                        f"the weight of layer {plan.names[i]!r} was changed in place between its "
+                        "normalisation and this backward (an optimiser step?); run the forward "
+                        "again before the second backward"
+                    )
+        rows = [i for i in range(n) if grads[i] is not None and ctx.needs_input_grad[1 + i]]
+        result: list[Tensor | None] = [None] * n
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            # create_graph: the same formula in differentiable operations.
+            for i in rows:
+                u, v = reference.round_vectors(
+                    round_state, plan.offsets[i], weights[i], plan.dims[i]
+                )
+                result[i] = reference.layer_gradient(
+                    grads[i], weights[i], u, v, stats[i], plan.dims[i]
+                )
+        elif rows:
+            chosen = [weights[i] for i in rows]
+            outs = _new_like(chosen, [w.dtype for w in chosen])
+            ops.normalize_backward(
+                [_same_memory(grads[i], weights[i]) for i in rows],
+                chosen,
+                round_state,
+                stats,
+                outs,
+                rows,
+                [plan.offsets[i] for i in rows],
+                [plan.dims[i] for i in rows],
+                plan.backend,
+            )
+            for i, out in zip(rows, outs, strict=True):
+                result[i] = out
+        return (None, *result, *[None] * ctx.state_arguments)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], plan: Plan, *tensors: Tensor) -> Any:
+        if any(d is not None for d in in_dims[1:]):
+            raise RuntimeError(
+                "torch.vmap over the weights of a normalised model is not supported; normalise a "
+                "list of the members' weights in one stable_rank_normalize call instead"
+            )
+        outs = StableRankNormFunction.apply(plan, *tensors)
+        return outs, (None,) * len(outs)
+
+
+def _same_memory(grad: Tensor, weight: Tensor) -> Tensor:
+    """``grad`` with the strides of ``weight``; a copy only where they differ."""
+    if grad.stride() == weight.stride():
+        return grad
+    copy = torch.empty_strided(weight.shape, weight.stride(), dtype=grad.dtype, device=grad.device)
+    return copy.copy_(grad)

@@ -1,0 +1,88 @@
+"""Which backends are live, and which of them serves a call.
+
+Every backend is a module with the same verbs over tensors it is given (their meaning is in
+:mod:`srn_kernels.ops`): ``normalize``, ``normalize_backward`` and ``unavailable_reason``. "auto"
+is the only name that chooses; a backend asked for by name serves or raises.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import threading
+import warnings
+from collections.abc import Iterator
+from types import ModuleType
+
+BACKENDS = ("reference", "cpu", "triton", "cuda")
+_local = threading.local()
+
+
+@functools.cache
+def load(name: str) -> ModuleType:
+    """The module of a backend; it may still have an ``unavailable_reason``."""
+    return importlib.import_module(f"srn_kernels.backends.{name}")
+
+
+def available_backends() -> dict[str, str | None]:
+    """Every backend's name, with None if it is live or the reason why it is not."""
+    return {name: load(name).unavailable_reason() for name in BACKENDS}
+
+
+def check_name(name: str, argument: str = "backend") -> str:
+    if name != "auto" and name not in BACKENDS:
+        raise ValueError(f"{argument} must be 'auto' or one of {BACKENDS}, got {name!r}")
+    return name
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Within this context and thread, ``backend="auto"`` means ``name``.
+
+    An explicit ``backend=`` still wins. Raises RuntimeError on entry if the backend cannot serve,
+    ValueError if there is no such backend.
+    """
+    check_name(name, "name")
+    if name != "auto" and (reason := load(name).unavailable_reason()):
+        raise RuntimeError(f"backend {name!r} is not available: {reason}")
+    previous = getattr(_local, "name", "auto")
+    _local.name = name
+    try:
+        yield
+    finally:
+        _local.name = previous
+
+
+@functools.cache
+def _automatic(device_type: str) -> str:
+    # The order of preference on each device; the last one is always live.
+    preference = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
+    names = preference.get(device_type, ("reference",))
+    for name in names:
+        if load(name).unavailable_reason() is None:
+            break
+    if name == "reference" and device_type != "meta":
+        why = "; ".join(f"{n}: {load(n).unavailable_reason()}" for n in names[:-1])
+        warnings.warn(
+            f"srn_kernels uses the pure PyTorch reference on {device_type} ({why or 'no kernels'})",
+            stacklevel=2,
+        )
+    return name
+
+
+def resolve(name: str, device_type: str) -> str:
+    """The backend that serves ``name`` on a device type ("cpu", "cuda", ...)."""
+    if name == "auto":
+        name = getattr(_local, "name", "auto")
+    if name == "auto":
+        return _automatic(device_type)
+    module = load(check_name(name))
+    if reason := module.unavailable_reason():
+        raise RuntimeError(f"backend {name!r} is not available: {reason}")
+    if module.DEVICES is not None and device_type not in module.DEVICES:
+        raise RuntimeError(
+            f"backend {name!r} serves tensors on {', '.join(sorted(module.DEVICES))}, "
+            f"got one on {device_type}"
+        )
+    return name

@@ -1,0 +1,34 @@
+"""The C++ backend: fused, multi-threaded, for any x86-64 or arm64 processor."""
+
+from __future__ import annotations
+
+DEVICES = frozenset({"cpu"})
+
+try:
+    from srn_kernels import _C
+except ImportError as error:
+    _C = None
+    _REASON: str | None = f"the extension srn_kernels._C is not built ({error})"
+else:
+    _REASON = None
+    normalize = _C.normalize
+    normalize_backward = _C.normalize_backward
+
+
+def unavailable_reason() -> str | None:
+    return _REASON
+
+
+def instruction_set() -> str | None:
+    """The instruction set in use: "avx512", "avx2" or "baseline"; None without the extension."""
+    return None if _C is None else _C.instruction_set()
+
+
+def take_like(weights, dtype=None):
+    """New tensors like ``weights``, in memory of earlier rounds that nobody uses any more."""
+    return _C.take_like(weights) if dtype is None else _C.take_like(weights, dtype)
+
+
+def empty_cache() -> int:
+    """Frees the memory kept between rounds that is not in use; returns the bytes freed."""
+    return 0 if _C is None else _C.empty_recycler()
