@@ -1,0 +1,55 @@
+"""Spectral and stable-rank normalisation of every weight of a model in one fused call.
+
+Source: Sanyal, Torr, Dokania, "Stable Rank Normalization for Improved Generalization in Neural
+Networks and GANs" (arXiv 1906.04659).
+"""
+
+from srn_kernels import functional, linalg, reference
+from srn_kernels.autograd import StableRankNormFunction
+from srn_kernels.backends import available_backends, use_backend
+from srn_kernels.backends.cpu import empty_cache
+from srn_kernels.convert import convert_spectral_norm
+from srn_kernels.layers import (
+    apply_stable_rank_norm,
+    export,
+    fuse,
+    is_normalized,
+    normalized_weight,
+    refresh,
+    remove_stable_rank_norm,
+    set_rank_ratio,
+    skipped,
+    spectral_norm,
+    stable_rank_norm,
+)
+from srn_kernels.parametrization import StableRankNorm
+from srn_kernels.report import Report, report
+from srn_kernels.rounds import shared_round
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Report",
+    "StableRankNorm",
+    "StableRankNormFunction",
+    "apply_stable_rank_norm",
+    "available_backends",
+    "convert_spectral_norm",
+    "empty_cache",
+    "export",
+    "functional",
+    "fuse",
+    "is_normalized",
+    "linalg",
+    "normalized_weight",
+    "reference",
+    "refresh",
+    "remove_stable_rank_norm",
+    "report",
+    "set_rank_ratio",
+    "shared_round",
+    "skipped",
+    "spectral_norm",
+    "stable_rank_norm",
+    "use_backend",
+]

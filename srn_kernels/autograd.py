@@ -26,6 +26,17 @@ class Plan(NamedTuple):
     backend: str
 
 
+class RoundRecord:
+    """What is remembered of one eager round: enough to compute its W_hat again, bit for bit."""
+
+    def __init__(self, plan: Plan, layers: Sequence[Any]) -> None:
+        self.plan = plan
+        self.layers = layers  # told of a backward: their attribute ``backward_seen``
+        self.round_state: Tensor | None = None
+        self.stats: Tensor | None = None
+        self.backward_seen = False
+
+
 def _plain_eager() -> bool:
     """Neither compiling nor under a torch.func transform."""
     return (
@@ -55,14 +66,14 @@ def _new_like(weights: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[
 class StableRankNormFunction(torch.autograd.Function):
     """W_hat of all layers of a round, with the gradient of constant u and v (Algorithm 2).
 
-    ``apply(plan, *weights, *us, *vs)`` returns ``(*W_hat, round_state, stats)``; the last two carry
-    no gradient. Given a finished round's ``round_state`` and ``stats`` as two more arguments, the
+    ``apply(plan, record, *weights, *us, *vs)`` returns ``(*W_hat, round_state, stats)``; the last
+    two carry no gradient. ``record`` is None or a :class:`RoundRecord` to fill. Given a finished round's ``round_state`` and ``stats`` as two more arguments, the
     same W_hat is computed again without touching the state. Twice differentiable in eager mode.
     Several backwards may reach one node; layers without a gradient get None.
     """
 
     @staticmethod
-    def forward(plan: Plan, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(plan: Plan, record: RoundRecord | None, *tensors: Tensor) -> tuple[Tensor, ...]:
         n = len(plan.dims)
         weights, us, vs = tensors[:n], tensors[n : 2 * n], tensors[2 * n : 3 * n]
         outs = _new_like(weights, plan.out_dtypes)
@@ -89,7 +100,7 @@ class StableRankNormFunction(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        plan, *tensors = inputs
+        plan, record, *tensors = inputs
         weights = tuple(tensors[: len(plan.dims)])
         round_state, stats = output[-2:]
         ctx.mark_non_differentiable(round_state, stats)
@@ -101,8 +112,10 @@ class StableRankNormFunction(torch.autograd.Function):
         ctx.kept = _plain_eager()
         if ctx.kept:
             ctx.tensors = (*weights, round_state, stats)
-            ctx.versions = [w._version for w in weights]
-            ctx.backward_seen = False
+            ctx.versions = [-1 if w.is_inference() else w._version for w in weights]
+            ctx.record = record
+            if record is not None:
+                record.round_state, record.stats = round_state, stats
         else:
             ctx.save_for_backward(*weights, round_state, stats)
 
@@ -112,15 +125,18 @@ class StableRankNormFunction(torch.autograd.Function):
         n = len(plan.dims)
         *weights, round_state, stats = ctx.tensors if ctx.kept else ctx.saved_tensors
         if ctx.kept:
-            ctx.backward_seen = True
+            if ctx.record is not None:
+                ctx.record.backward_seen = True
+                for layer in ctx.record.layers:
+                    layer.backward_seen = True
             for i, weight in enumerate(weights):
-                if weight._version != ctx.versions[i] and grads[i] is not None:
+                if grads[i] is not None and weight._version != ctx.versions[i]:
                     raise RuntimeError(
                         f"the weight of layer {plan.names[i]!r} was changed in place between its "
                         "normalisation and this backward (an optimiser step?); run the forward "
                         "again before the second backward"
                     )
-        rows = [i for i in range(n) if grads[i] is not None and ctx.needs_input_grad[1 + i]]
+        rows = [i for i in range(n) if grads[i] is not None and ctx.needs_input_grad[2 + i]]
         result: list[Tensor | None] = [None] * n
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             # create_graph: the same formula in differentiable operations.
@@ -147,16 +163,22 @@ class StableRankNormFunction(torch.autograd.Function):
             )
             for i, out in zip(rows, outs, strict=True):
                 result[i] = out
-        return (None, *result, *[None] * ctx.state_arguments)
+        return (None, None, *result, *[None] * ctx.state_arguments)
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], plan: Plan, *tensors: Tensor) -> Any:
-        if any(d is not None for d in in_dims[1:]):
+    def vmap(
+        info: Any,
+        in_dims: tuple[Any, ...],
+        plan: Plan,
+        record: RoundRecord | None,
+        *tensors: Tensor,
+    ) -> Any:
+        if any(d is not None for d in in_dims[2:]):
             raise RuntimeError(
                 "torch.vmap over the weights of a normalised model is not supported; normalise a "
                 "list of the members' weights in one stable_rank_normalize call instead"
             )
-        outs = StableRankNormFunction.apply(plan, *tensors)
+        outs = StableRankNormFunction.apply(plan, record, *tensors)
         return outs, (None,) * len(outs)
 
 

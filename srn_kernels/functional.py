@@ -222,7 +222,7 @@ def stable_rank_normalize(
             name,
         )
         results = StableRankNormFunction.apply(
-            plan, *chosen, *[us[i] for i in group], *[vs[i] for i in group]
+            plan, None, *chosen, *[us[i] for i in group], *[vs[i] for i in group]
         )
         for i, out in zip(group, results, strict=False):
             outs[i] = out

@@ -1,0 +1,518 @@
+"""The interface people call: wrap layers, whole models, and take it off again."""
+
+from __future__ import annotations
+
+import copy
+import fnmatch
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from srn_kernels import checkpoint, rounds
+from srn_kernels.state import (
+    KEY,
+    KeepState,
+    NormalizedWeight,
+    Settings,
+    check_ratio,
+    check_weight,
+    converge,
+    normalize_entries,
+)
+
+LAYER_TYPES = (
+    nn.Linear,
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_ATTENTION_OUTPUT = nn.modules.linear.NonDynamicallyQuantizableLinear
+
+Pattern = str | Iterable[str] | Callable[[str, nn.Module], bool] | None
+
+# Every Parameter that some layer normalises, so that none is wrapped twice under two names.
+_wrapped = WeakTensorKeyDictionary()
+
+
+def _resolve_dim(module: nn.Module, weight: Tensor, dim: int | None, label: str) -> int:
+    if dim is None:
+        return 1 if isinstance(module, _TRANSPOSED) else 0
+    if not isinstance(dim, int) or isinstance(dim, bool):
+        raise TypeError(f"dim must be an int or None, got {dim!r}")
+    if not -weight.dim() <= dim < weight.dim():
+        raise ValueError(f"dim {dim} is no dimension of {label} of shape {tuple(weight.shape)}")
+    return dim % weight.dim()
+
+
+def _label(prefix: str, name: str) -> str:
+    return f"{prefix}.{name}" if prefix else name
+
+
+def _prepare(
+    module: nn.Module, name: str, label: str, dim: int | None, keywords: Mapping[str, Any]
+) -> NormalizedWeight:
+    """The entry of one parameter, checked; the module is not touched."""
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"module must be an nn.Module, got {type(module).__name__}")
+    if name in module.__dict__.get(KEY, {}):
+        raise ValueError(f"{label} of {type(module).__name__} is normalised already")
+    if parametrize.is_parametrized(module, name) or name + "_orig" in module._parameters:
+        raise ValueError(
+            f"{label} is parametrized already; take torch's spectral norm over with "
+            "convert_spectral_norm(model), or remove the parametrization first"
+        )
+    if name not in module._parameters:
+        raise ValueError(
+            f"name: {type(module).__name__} has no parameter {name!r}; it has "
+            f"{sorted(module._parameters)}"
+        )
+    weight = module._parameters[name]
+    check_weight(weight, label)
+    for suffix in ("_u", "_v"):
+        if hasattr(module, name + suffix):
+            raise ValueError(f"{type(module).__name__} has an attribute {name + suffix!r} already")
+    settings = Settings(dim=_resolve_dim(module, weight, dim, label), **keywords)
+    return NormalizedWeight(module, name, label, settings)
+
+
+def _attach(entry: NormalizedWeight, state: tuple[Tensor, Tensor] | None = None) -> None:
+    """Gives every site of a prepared entry its buffers and hooks."""
+    entry.set_state(*(state or entry.drawn_state()))
+    entry.unset = state is None
+    _wrapped[entry.weight] = True
+    for module, name in entry.sites:
+        module.__dict__.setdefault(KEY, {})[name] = entry
+        module.__dict__.setdefault("_apply", KeepState(module))
+        rounds.hook_layer(module)
+        checkpoint.hook_loading(module)
+
+
+def _detach(entry: NormalizedWeight) -> None:
+    """Undoes :func:`_attach`; the raw parameters stay."""
+    _wrapped.pop(entry.weight, None)
+    for module, name in entry.sites:
+        entries = module.__dict__.get(KEY, {})
+        entries.pop(name, None)
+        for suffix in ("_u", "_v"):
+            module._buffers.pop(name + suffix, None)
+            module._non_persistent_buffers_set.discard(name + suffix)
+        if not entries:
+            module.__dict__.pop(KEY, None)
+            module.__dict__.pop("_apply", None)
+            rounds.unhook_layer(module)
+            checkpoint.unhook_loading(module)
+
+
+def stable_rank_norm(
+    module: nn.Module,
+    name: str = "weight",
+    rank_ratio: float = 0.7,
+    n_power_iterations: int = 1,
+    eps: float = 1e-12,
+    dim: int | None = None,
+    *,
+    stable_rank: float | None = None,
+    init_iterations: int = 15,
+    backend: str = "auto",
+) -> nn.Module:
+    """Normalises one parameter of one layer (arXiv 1906.04659, Algorithm 2).
+
+    The parameter stays what and where it is; during the layer's forward W_hat, with spectral norm
+    1 and stable rank at most r, is seen in its place. The layer gains buffers ``<name>_u`` (rows,)
+    and ``<name>_v`` (columns,), float32, or float64 for a float64 weight.
+
+    Args:
+        module: the layer; modified in place and returned.
+        name: of the parameter.
+        rank_ratio: in (0, 1]; r = max(1, rank_ratio * min(rows, columns)); 1: no stable-rank
+            constraint at all, that is spectral normalisation.
+        n_power_iterations: per training forward.
+        eps: |sigma| at or below it passes the weight unchanged.
+        dim: the output dimension; None: 1 for transposed convolutions, else 0.
+        stable_rank: r itself, >= 1, in place of the ratio.
+        init_iterations: power iterations now, and whenever the weight is found replaced.
+        backend: "auto", "reference", "cpu", "triton" or "cuda".
+
+    Raises:
+        ValueError, TypeError: naming the argument; the module is as it was.
+    """
+    entry = _prepare(
+        module,
+        name,
+        name,
+        dim,
+        {
+            "rank_ratio": rank_ratio,
+            "stable_rank": stable_rank,
+            "n_power_iterations": n_power_iterations,
+            "eps": eps,
+            "init_iterations": init_iterations,
+            "backend": backend,
+        },
+    )
+    if type(module) is _ATTENTION_OUTPUT:
+        raise ValueError(
+            "module: an output projection is read by its MultiheadAttention without being called; "
+            "use apply_stable_rank_norm on the attention module or on the model"
+        )
+    if entry.weight.numel() == 0:
+        raise ValueError(f"{name} has no elements")
+    if entry.weight in _wrapped:
+        raise ValueError(
+            f"{name} is the Parameter of another normalised layer; wrap tied layers together with "
+            "one apply_stable_rank_norm call"
+        )
+    _attach(entry)
+    converge([entry])
+    return module
+
+
+def spectral_norm(
+    module: nn.Module,
+    name: str = "weight",
+    n_power_iterations: int = 1,
+    eps: float = 1e-12,
+    dim: int | None = None,
+    *,
+    stable_rank: float | None = None,
+    init_iterations: int = 15,
+    backend: str = "auto",
+) -> nn.Module:
+    """:func:`stable_rank_norm` with rank_ratio 1, and torch's own order of arguments."""
+    return stable_rank_norm(
+        module,
+        name,
+        1.0,
+        n_power_iterations,
+        eps,
+        dim,
+        stable_rank=stable_rank,
+        init_iterations=init_iterations,
+        backend=backend,
+    )
+
+
+# --- whole models --------------------------------------------------------------------------------
+
+
+def _weight_names(module: nn.Module) -> list[str]:
+    """The parameters of a selected module that are matrices to normalise."""
+    if isinstance(module, nn.RNNBase):
+        return [n for n in module._parameters if n.startswith("weight_")]
+    if isinstance(module, nn.MultiheadAttention):
+        names = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+        return [n for n in names if module._parameters.get(n) is not None]
+    return ["weight"]
+
+
+def _matcher(pattern: Pattern, argument: str) -> tuple[Callable[[str, nn.Module], bool], set[str]]:
+    """A predicate over (name, module) and the patterns in it that have matched nothing yet."""
+    if callable(pattern):
+        return pattern, set()
+    if isinstance(pattern, str):
+        pattern = [pattern]
+    patterns = list(pattern)
+    if not all(isinstance(p, str) for p in patterns):
+        raise TypeError(f"{argument} must be names, globs or a callable, got {pattern!r}")
+    unmatched = set(patterns)
+
+    def matches(name: str, module: nn.Module) -> bool:
+        hits = [p for p in patterns if fnmatch.fnmatchcase(name, p)]
+        unmatched.difference_update(hits)
+        return bool(hits)
+
+    return matches, unmatched
+
+
+_KEYWORDS = {f.name for f in fields(Settings)}
+
+
+def apply_stable_rank_norm(
+    model: nn.Module,
+    rank_ratio: float = 0.7,
+    *,
+    include: Pattern = None,
+    exclude: Pattern = None,
+    layer_types: Sequence[type] | None = None,
+    overrides: Mapping[str, Mapping[str, Any]] | None = None,
+    n_power_iterations: int = 1,
+    eps: float = 1e-12,
+    dim: int | None = None,
+    stable_rank: float | None = None,
+    init_iterations: int = 15,
+    backend: str = "auto",
+) -> nn.Module:
+    """Normalises every layer of a model, one fused round per forward of ``model``.
+
+    Args:
+        model: modified in place and returned. Layers that are normalised already stay as they are.
+        rank_ratio, n_power_iterations, eps, dim, stable_rank, init_iterations, backend: see
+            :func:`stable_rank_norm`.
+        include, exclude: module names, globs ("blocks.*.conv1"), or a callable
+            ``(name, module) -> bool``. A pattern that matches no candidate raises ValueError.
+        layer_types: classes in place of Linear, Conv1-3d and ConvTranspose1-3d; recurrent layers,
+            Embedding and MultiheadAttention (its input projections) by asking.
+        overrides: {name or glob: {keyword: value}} for single layers; later entries win.
+
+    Raises:
+        ValueError, TypeError: naming the argument or layer; the model is as it was.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    keywords = {
+        "rank_ratio": rank_ratio,
+        "stable_rank": stable_rank,
+        "n_power_iterations": n_power_iterations,
+        "eps": eps,
+        "init_iterations": init_iterations,
+        "backend": backend,
+    }
+    Settings(**keywords)
+    types = LAYER_TYPES if layer_types is None else tuple(layer_types)
+    if not types or not all(isinstance(t, type) for t in types):
+        raise TypeError(f"layer_types must be a sequence of classes, got {layer_types!r}")
+    included, include_left = _matcher("*" if include is None else include, "include")
+    excluded, exclude_left = _matcher(() if exclude is None else exclude, "exclude")
+    special = []
+    for pattern, values in (overrides or {}).items():
+        unknown = set(values) - _KEYWORDS
+        if unknown:
+            raise ValueError(f"overrides[{pattern!r}] has unknown keywords {sorted(unknown)}")
+        special.append((*_matcher(pattern, "overrides"), values))
+
+    entries: dict[int, NormalizedWeight] = {}
+    skipped: list[tuple[str, str]] = []
+    candidates = found = 0
+    for prefix, module in model.named_modules():
+        if not isinstance(module, types):
+            continue
+        candidates += 1
+        if not included(prefix, module):
+            skipped.append((prefix, "not in include"))
+            continue
+        if excluded(prefix, module):
+            skipped.append((prefix, "in exclude"))
+            continue
+        layer_keywords, layer_dim = dict(keywords), dim
+        for matches, _, values in special:
+            if matches(prefix, module):
+                layer_keywords.update({k: v for k, v in values.items() if k != "dim"})
+                layer_dim = values.get("dim", layer_dim)
+        found += 1
+        if parametrize.is_parametrized(module) or _torch_hooked(module):
+            skipped.append((prefix, "parametrized already; see convert_spectral_norm"))
+            continue
+        for name in _weight_names(module):
+            label = _label(prefix, name)
+            if name in module.__dict__.get(KEY, {}):
+                skipped.append((label, "normalised already"))
+                continue
+            weight = module._parameters.get(name)
+            if weight is None:
+                skipped.append((label, "no Parameter of this name (weight_norm?)"))
+                continue
+            if isinstance(weight, nn.parameter.UninitializedTensorMixin):
+                skipped.append((label, "lazy: not initialised yet"))
+                continue
+            if weight.numel() == 0:
+                skipped.append((label, "no elements"))
+                continue
+            entry = _prepare(module, name, label, layer_dim, layer_keywords)
+            first = entries.get(id(weight))
+            if first is not None:
+                if first.settings != entry.settings:
+                    raise ValueError(
+                        f"{label} and {first.label} are one Parameter but would get different "
+                        "settings"
+                    )
+                first.sites.append((module, name))
+            elif weight in _wrapped:
+                skipped.append((label, "its Parameter is normalised by another layer"))
+            else:
+                entries[id(weight)] = entry
+    unmatched = {
+        "include": include_left,
+        "exclude": exclude_left,
+        "overrides": set().union(*(left for _, left, _ in special)),
+    }
+    if not candidates or not found:
+        raise ValueError(
+            f"model: no layer to normalise in {type(model).__name__} "
+            f"(include={include!r}, exclude={exclude!r}, {candidates} candidates)"
+        )
+    for argument, left in unmatched.items():
+        if left and (argument != "include" or include is not None):
+            raise ValueError(f"{argument}: nothing matches {sorted(left)}")
+
+    this = rounds.round_of(model)
+    added = list(entries.values())
+    for entry in added:
+        _attach(entry)
+    _hook_readers(model)
+    this.add(added)
+    known = {name for name, _ in skipped}
+    this.skipped = [s for s in this.skipped if s[0] not in known] + skipped
+    converge(added)
+    return model
+
+
+def _torch_hooked(module: nn.Module) -> bool:
+    return any(key.endswith("_orig") for key in module._parameters)
+
+
+def _hook_readers(model: nn.Module) -> None:
+    """Attention modules read their output projection's weight without calling it."""
+    for module in model.modules():
+        if isinstance(module, nn.MultiheadAttention) and KEY in module.out_proj.__dict__:
+            module.__dict__[rounds.READERS] = [module.out_proj]
+            rounds.hook_layer(module)
+
+
+def skipped(model: nn.Module) -> list[tuple[str, str]]:
+    """(name, reason) of every candidate that :func:`apply_stable_rank_norm` left out."""
+    this = model.__dict__.get(rounds.ROUND)
+    return [] if this is None else list(this.skipped)
+
+
+def fuse(model: nn.Module) -> nn.Module:
+    """Takes every normalised layer of ``model``, whatever round it was in, into one of ``model``.
+
+    Layers that share a Parameter then share u, v and W_hat. Returns the model; ValueError if
+    nothing in it is normalised.
+    """
+    entries = rounds.entries_of(model)
+    if not entries:
+        raise ValueError(f"model: no normalised layer in {type(model).__name__}")
+    merged: dict[int, NormalizedWeight] = {}
+    for entry in entries:
+        first = merged.setdefault(id(entry.weight), entry)
+        if first is not entry:
+            _merge(first, entry)
+    for module in model.modules():
+        old = module.__dict__.get(rounds.ROUND)
+        if old is not None and module is not model:
+            rounds.drop_round(module)
+    this = rounds.round_of(model)
+    this.entries = []
+    this.add(list(merged.values()))
+    _hook_readers(model)
+    return model
+
+
+def _merge(first: NormalizedWeight, other: NormalizedWeight) -> None:
+    """Makes the sites of ``other``, whose Parameter is that of ``first``, sites of ``first``."""
+    other.owner = None
+    for module, name in other.sites:
+        module.__dict__[KEY][name] = first
+        first.sites.append((module, name))
+    first.share_state()
+
+
+# --- taking it off, and looking at it ------------------------------------------------------------
+
+
+def current_weights(entries: Sequence[NormalizedWeight]) -> list[Tensor]:
+    """W_hat now, as an evaluation would use it; differentiable; no state changes."""
+    state = []
+    for entry in entries:
+        u, v = entry.u, entry.v
+        if entry.is_stale() and not entry.weight.is_meta:
+            u, v = _converged_copy(entry)
+        state.append((u, v))
+    return normalize_entries(entries, [0] * len(entries), record=False, state=state)
+
+
+def _converged_copy(entry: NormalizedWeight) -> tuple[Tensor, Tensor]:
+    fresh = entry.unset or not (entry.u.isfinite().all() and entry.v.isfinite().all())
+    pair = entry.drawn_state() if fresh else (entry.u.clone(), entry.v.clone())
+    if entry.settings.init_iterations:
+        with torch.no_grad():
+            normalize_entries([entry], [entry.settings.init_iterations], record=False, state=[pair])
+    return pair
+
+
+def _entry(layer: nn.Module, name: str) -> NormalizedWeight:
+    entries = layer.__dict__.get(KEY, {})
+    if name not in entries:
+        raise ValueError(f"name: {name!r} of {type(layer).__name__} is not normalised")
+    return entries[name]
+
+
+def is_normalized(layer: nn.Module, name: str = "weight") -> bool:
+    """Whether a parameter of this layer is normalised."""
+    return name in layer.__dict__.get(KEY, {})
+
+
+def normalized_weight(layer: nn.Module, name: str = "weight") -> Tensor:
+    """W_hat now, in the weight's shape: differentiable, and no state changes.
+
+    Inside a round it is the round's own W_hat. ValueError if the parameter is not normalised.
+    """
+    entry = _entry(layer, name)
+    if entry.active is not None and name in layer.__dict__:
+        return layer.__dict__[name]
+    return current_weights([entry])[0]
+
+
+def set_rank_ratio(model_or_layer: nn.Module, value: float) -> None:
+    """Sets rank_ratio of every normalised parameter at or below a module (for schedules).
+
+    An absolute ``stable_rank`` is replaced by the ratio. ValueError if nothing is normalised.
+    """
+    check_ratio(value)
+    for entry in _all_entries(model_or_layer):
+        entry.settings = replace(entry.settings, rank_ratio=value, stable_rank=None)
+
+
+def refresh(model: nn.Module, iterations: int = 15) -> nn.Module:
+    """Converges u and v of every normalised layer anew; needed only after writes through ``.data``
+    or writes that a compiled forward saw first. Returns the model."""
+    if not isinstance(iterations, int) or isinstance(iterations, bool) or iterations < 1:
+        raise ValueError(f"iterations must be an int >= 1, got {iterations!r}")
+    converge(_all_entries(model), iterations)
+    return model
+
+
+def _all_entries(model: nn.Module) -> list[NormalizedWeight]:
+    entries = rounds.entries_of(model)
+    if not entries:
+        raise ValueError(f"model: no normalised layer in {type(model).__name__}")
+    return entries
+
+
+def remove_stable_rank_norm(model_or_layer: nn.Module) -> nn.Module:
+    """Writes the present W_hat into the parameters and takes everything else off again.
+
+    Evaluation output is unchanged; there is no power iteration; Parameters keep their identity.
+    Returns the module; ValueError if nothing in it is normalised.
+    """
+    entries = _all_entries(model_or_layer)
+    for entry in entries:
+        if entry.active is not None:
+            raise RuntimeError("remove_stable_rank_norm cannot be called inside a forward")
+    with torch.no_grad():
+        for entry, out in zip(entries, current_weights(entries), strict=True):
+            entry.weight.copy_(out)
+            entry.owner = None
+            _detach(entry)
+    for module in model_or_layer.modules():
+        this = module.__dict__.get(rounds.ROUND)
+        if this is not None and not this.current():
+            rounds.drop_round(module)
+        if module.__dict__.pop(rounds.READERS, None) and KEY not in module.__dict__:
+            rounds.unhook_layer(module)
+    return model_or_layer
+
+
+def export(model: nn.Module) -> nn.Module:
+    """A plain copy of ``model`` with W_hat as its parameters; the original is left alone."""
+    return remove_stable_rank_norm(copy.deepcopy(model))

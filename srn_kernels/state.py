@@ -1,0 +1,349 @@
+"""What a wrapped layer carries: its settings, its u and v, and whether they fit the weight."""
+
+from __future__ import annotations
+
+import math
+import weakref
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from srn_kernels import backends
+from srn_kernels.autograd import RoundRecord, StableRankNormFunction
+from srn_kernels.functional import (
+    FLOATING,
+    check_count,
+    check_eps,
+    effective_rank,
+    is_dense,
+    make_plan,
+)
+from srn_kernels.reference import state_dtype
+
+KEY = "_srn"  # module.__dict__[KEY]: {parameter name: NormalizedWeight}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The checked keywords of one wrapped parameter; ``dim`` is resolved and not negative."""
+
+    rank_ratio: float = 0.7
+    stable_rank: float | None = None
+    n_power_iterations: int = 1
+    eps: float = 1e-12
+    dim: int = 0
+    init_iterations: int = 15
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        check_ratio(self.rank_ratio)
+        if self.stable_rank is not None and not (
+            isinstance(self.stable_rank, (int, float)) and 1 <= self.stable_rank < math.inf
+        ):
+            raise ValueError(
+                f"stable_rank must be a finite number >= 1 or None, got {self.stable_rank!r}"
+            )
+        check_count(self.n_power_iterations, "n_power_iterations", 1)
+        check_count(self.init_iterations, "init_iterations", 0)
+        check_eps(self.eps)
+        backends.check_name(self.backend)
+
+    def target_rank(self, rows: int, columns: int) -> float:
+        """The stable rank r to keep below; inf means spectral normalisation alone."""
+        if self.stable_rank is not None:
+            return effective_rank(self.stable_rank, rows, columns)
+        if self.rank_ratio == 1:
+            return math.inf
+        return effective_rank(max(1.0, self.rank_ratio * min(rows, columns)), rows, columns)
+
+
+def check_ratio(value: float) -> float:
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise TypeError(f"rank_ratio must be a number, got {value!r}")
+    if not 0 < value <= 1:
+        raise ValueError(f"rank_ratio must be in (0, 1], got {value}")
+    return value
+
+
+class Owner:
+    """Identity of the round that a wrapped parameter belongs to."""
+
+
+class NormalizedWeight:
+    """One distinct Parameter that is normalised, and every module attribute that holds it."""
+
+    def __init__(self, module: nn.Module, name: str, label: str, settings: Settings) -> None:
+        self.settings = settings
+        self.label = label  # for messages, and the seed of u and v
+        self.sites: list[tuple[nn.Module, str]] = [(module, name)]
+        self.owner: Owner | None = None
+        self.stale = True  # u and v do not belong to the present weight
+        self.unset = True  # u and v hold no numbers yet
+        self.loading: str | None = None  # between the two hooks of load_state_dict
+        self._forget()
+
+    def _forget(self) -> None:
+        self.parameter: Tensor | None = None  # as of the last look at the weight
+        self.version = -1
+        self.backward_seen = False  # since u and v last moved
+        self.active: Any = None  # the Activation whose W_hat shadows the parameter now
+        self.record: tuple[RoundRecord, int] | None = None  # the last round, and our place in it
+        self.open_records: list[weakref.ref[RoundRecord]] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        state["stale"] = self.is_stale()
+        for key in ("parameter", "version", "backward_seen", "active", "record", "open_records"):
+            del state[key]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._forget()
+
+    @property
+    def weight(self) -> Tensor:
+        """The raw parameter."""
+        module, name = self.sites[0]
+        return module._parameters[name]
+
+    @property
+    def u(self) -> Tensor:
+        module, name = self.sites[0]
+        return module._buffers[name + "_u"]
+
+    @property
+    def v(self) -> Tensor:
+        module, name = self.sites[0]
+        return module._buffers[name + "_v"]
+
+    @property
+    def training(self) -> bool:
+        return any(module.training for module, _ in self.sites)
+
+    def trainable(self) -> bool:
+        """Whether anything of this weight's modules can train."""
+        return any(
+            p is not None and p.requires_grad
+            for module, _ in self.sites
+            for p in module._parameters.values()
+        )
+
+    def matrix_weight(self) -> Tensor:
+        """The weight with at least two dimensions: a vector is a matrix of one row."""
+        w = self.weight
+        return w.unsqueeze(0) if w.dim() == 1 else w
+
+    def matrix_shape(self) -> tuple[int, int]:
+        w = self.weight
+        if w.dim() == 1:
+            return 1, w.numel()
+        rows = w.shape[self.settings.dim]
+        return rows, w.numel() // rows
+
+    def target_rank(self) -> float:
+        return self.settings.target_rank(*self.matrix_shape())
+
+    def is_stale(self) -> bool:
+        """Whether the weight was replaced, or written with no backward since u, v last moved."""
+        if self.stale:
+            return True
+        weight = self.weight
+        if self.parameter is None:  # a fresh copy: its u and v came with it
+            return False
+        if weight is not self.parameter:
+            return True
+        if weight.is_inference() or weight._version == self.version:
+            return False
+        # A change after a backward of this weight's round is an optimiser step.
+        return not self.backward_seen
+
+    def mark_fresh(self) -> None:
+        """u and v belong to the weight as it is now."""
+        self.stale = self.unset = self.backward_seen = False
+        self.parameter = self.weight
+        self.version = -1 if self.parameter.is_inference() else self.parameter._version
+
+    def set_state(self, u: Tensor, v: Tensor) -> None:
+        """Registers u and v as the buffers of every site; tied sites share them."""
+        for module, name in self.sites:
+            for suffix, value in (("_u", u), ("_v", v)):
+                if name + suffix in module._buffers:
+                    module._buffers[name + suffix] = value
+                else:
+                    module.register_buffer(name + suffix, value)
+
+    def share_state(self) -> None:
+        """Ties u and v of tied sites again after something replaced the buffers one by one."""
+        module, name = self.sites[0]
+        for other, other_name in self.sites[1:]:
+            for suffix in ("_u", "_v"):
+                other._buffers[other_name + suffix] = module._buffers[name + suffix]
+
+    def drawn_state(self) -> tuple[Tensor, Tensor]:
+        """Unit u, v from a draw that depends on the label and shape alone."""
+        weight = self.weight
+        generator = torch.Generator().manual_seed(
+            zlib.crc32(f"{self.label}:{tuple(weight.shape)}".encode())
+        )
+        dtype = state_dtype(weight.dtype)
+        rows, columns = self.matrix_shape()
+        drawn = [torch.randn(n, generator=generator, dtype=torch.float64) for n in (rows, columns)]
+        return tuple((x / x.norm()).to(dtype).to(weight.device) for x in drawn)
+
+
+def check_weight(weight: Tensor | None, label: str) -> None:
+    """Raises the one clear error for a parameter that cannot be normalised."""
+    if weight is None:
+        raise ValueError(f"{label} is None")
+    if isinstance(weight, nn.parameter.UninitializedTensorMixin):
+        raise ValueError(f"{label} is not initialised yet: run a forward of its lazy module first")
+    if weight.dtype not in FLOATING:
+        raise TypeError(f"{label} must be real floating-point, got {weight.dtype}")
+    if weight.dim() == 0:
+        raise ValueError(f"{label} must have at least one dimension")
+
+
+def out_dtype(entry: NormalizedWeight) -> torch.dtype:
+    """W_hat's dtype: the weight's, or autocast's where the layer would cast the weight anyway."""
+    weight = entry.weight
+    device = weight.device.type
+    if (
+        weight.dtype != torch.float64
+        and isinstance(entry.sites[0][0], _AUTOCAST_TYPES)
+        and torch.amp.is_autocast_available(device)
+        and torch.is_autocast_enabled(device)
+    ):
+        return torch.get_autocast_dtype(device)
+    return weight.dtype
+
+
+_AUTOCAST_TYPES = (nn.Linear, nn.modules.conv._ConvNd, nn.MultiheadAttention)
+
+
+def normalize_entries(
+    entries: Sequence[NormalizedWeight],
+    iterations: Sequence[int],
+    record: bool = True,
+    state: Sequence[tuple[Tensor, Tensor]] | None = None,
+) -> list[Tensor]:
+    """W_hat of each entry, differentiable, all layers in as few op calls as their devices allow.
+
+    ``state`` replaces the entries' own u, v; ``record`` keeps what a recomputation needs.
+    """
+    groups: dict[Any, list[int]] = {}
+    for i, entry in enumerate(entries):
+        w = entry.weight
+        groups.setdefault((w.device, w.dtype == torch.float64, entry.settings.backend), []).append(
+            i
+        )
+    outs: list[Any] = [None] * len(entries)
+    for (device, _, backend), group in groups.items():
+        chosen = [entries[i] for i in group]
+        weights = [e.matrix_weight() for e in chosen]
+        weights = [w if is_dense(w) else w.contiguous() for w in weights]
+        pairs = [(e.u, e.v) for e in chosen] if state is None else [state[i] for i in group]
+        plan = make_plan(
+            tuple(e.matrix_shape() for e in chosen),
+            tuple(e.target_rank() for e in chosen),
+            tuple(iterations[i] for i in group),
+            tuple(e.settings.dim if e.weight.dim() > 1 else 0 for e in chosen),
+            tuple(e.settings.eps for e in chosen),
+            tuple(out_dtype(e) for e in chosen),
+            tuple(e.label for e in chosen),
+            backends.resolve(backend, device.type),
+        )
+        kept = RoundRecord(plan, chosen) if record else None
+        results = StableRankNormFunction.apply(
+            plan, kept, *weights, *[u for u, _ in pairs], *[v for _, v in pairs]
+        )
+        for place, (i, out) in enumerate(zip(group, results, strict=False)):
+            entry = entries[i]
+            outs[i] = out.squeeze(0) if entry.weight.dim() == 1 else out
+            if kept is not None:
+                entry.record = (kept, place)
+    return outs
+
+
+def repeat_entry(entry: NormalizedWeight) -> Tensor:
+    """W_hat of the entry's last round once more, bit for bit, on a node of its own."""
+    record, place = entry.record
+    plan = record.plan
+    rows, columns = entry.matrix_shape()
+    single = make_plan(
+        ((rows, columns),),
+        plan.target_ranks[place : place + 1],
+        (-1,),
+        plan.dims[place : place + 1],
+        plan.eps[place : place + 1],
+        plan.out_dtypes[place : place + 1],
+        plan.names[place : place + 1],
+        plan.backend,
+    )
+    start = plan.offsets[place]
+    weight = entry.matrix_weight()
+    out, *_ = StableRankNormFunction.apply(
+        single,
+        None,
+        weight if is_dense(weight) else weight.contiguous(),
+        entry.u,
+        entry.v,
+        record.round_state[start : start + single.state_size],
+        record.stats[place : place + 1],
+    )
+    return out.squeeze(0) if entry.weight.dim() == 1 else out
+
+
+def converge(entries: Sequence[NormalizedWeight], iterations: int | None = None) -> None:
+    """Runs the power iteration until u, v fit the weights (``init_iterations`` unless given)."""
+    entries = [e for e in entries if not e.weight.is_meta]
+    with torch.no_grad():
+        for entry in entries:
+            pair = (entry.u, entry.v)
+            if entry.unset or not all(x.isfinite().all() and x.any() for x in pair):
+                for x, drawn in zip(pair, entry.drawn_state(), strict=True):
+                    x.copy_(drawn)
+        steps = [e.settings.init_iterations if iterations is None else iterations for e in entries]
+        busy = [i for i, n in enumerate(steps) if n > 0]
+        normalize_entries([entries[i] for i in busy], [steps[i] for i in busy], record=False)
+        for entry in entries:
+            entry.mark_fresh()
+
+
+class KeepState:
+    """``module._apply`` of a wrapped layer: moves u and v along, but never changes their dtype.
+
+    They stay float32 (float64 for a float64 weight), with every bit, whatever ``.half()`` or
+    ``.to(dtype)`` does to the module.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def __call__(self, fn: Any, recurse: bool = True) -> nn.Module:
+        module = self.module
+        entries = module.__dict__[KEY]
+        before = {
+            name: (module._buffers[name + "_u"], module._buffers[name + "_v"], entry.is_stale())
+            for name, entry in entries.items()
+        }
+        type(module)._apply(module, fn, recurse)
+        for name, entry in entries.items():
+            dtype = state_dtype(module._parameters[name].dtype)
+            *old_pair, stale = before[name]
+            for suffix, old in zip(("_u", "_v"), old_pair, strict=True):
+                new = module._buffers[name + suffix]
+                if old.is_meta and not new.is_meta:
+                    entry.unset = stale = True  # to_empty: memory without numbers
+                if new.dtype != dtype:
+                    moved = torch.empty_like(new, dtype=dtype) if old.is_meta else old
+                    module._buffers[name + suffix] = moved.to(device=new.device, dtype=dtype)
+            if stale:
+                entry.stale = True
+            else:
+                entry.mark_fresh()
+        return module
