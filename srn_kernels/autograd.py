@@ -67,9 +67,10 @@ class StableRankNormFunction(torch.autograd.Function):
     """W_hat of all layers of a round, with the gradient of constant u and v (Algorithm 2).
 
     ``apply(plan, record, *weights, *us, *vs)`` returns ``(*W_hat, round_state, stats)``; the last
-    two carry no gradient. ``record`` is None or a :class:`RoundRecord` to fill. Given a finished round's ``round_state`` and ``stats`` as two more arguments, the
-    same W_hat is computed again without touching the state. Twice differentiable in eager mode.
-    Several backwards may reach one node; layers without a gradient get None.
+    two carry no gradient. ``record`` is None or a :class:`RoundRecord` to fill. Given a finished
+    round's ``round_state`` and ``stats`` as two more arguments, the same W_hat is computed again
+    without touching the state. Twice differentiable in eager mode. Several backwards may reach one
+    node; layers without a gradient get None.
     """
 
     @staticmethod
@@ -180,6 +181,17 @@ class StableRankNormFunction(torch.autograd.Function):
             )
         outs = StableRankNormFunction.apply(plan, record, *tensors)
         return outs, (None,) * len(outs)
+
+
+def run_round(plan: Plan, record: RoundRecord | None, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """:class:`StableRankNormFunction`, or its forward alone where nothing wants a gradient."""
+    weights = tensors[: len(plan.dims)]
+    if torch.is_grad_enabled() and any(w.requires_grad for w in weights):
+        return StableRankNormFunction.apply(plan, record, *tensors)
+    outputs = StableRankNormFunction.forward(plan, record, *tensors)
+    if record is not None:
+        record.round_state, record.stats = outputs[-2:]
+    return outputs
 
 
 def _same_memory(grad: Tensor, weight: Tensor) -> Tensor:

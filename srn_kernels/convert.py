@@ -57,8 +57,8 @@ def _strip(item: Found, weight: Tensor) -> None:
     """Takes the foreign hook or parametrization off; the same Parameter is ``name`` again."""
     module, name = item.module, item.name
     if not item.legacy:
-        parametrize.remove_parametrizations(module, name, leave_parametrized=False)
-        module._parameters[name] = weight
+        _strip_parametrization(module, name)
+        module.register_parameter(name, weight)
         return
     module.__dict__.pop(name, None)
     del module._parameters[name + "_orig"]
@@ -74,6 +74,19 @@ def _strip(item: Found, weight: Tensor) -> None:
             hook = getattr(hook, "hook", hook)
             if hook is item.hook or getattr(hook, "fn", None) is item.hook:
                 del hooks[key]
+
+
+def _strip_parametrization(module: nn.Module, name: str) -> None:
+    """As torch's remove_parametrizations, which deletes ``name`` from a class that every deepcopy
+    of the module shares, and so breaks the copies."""
+    del module.parametrizations[name]
+    cls = type(module)
+    if len(module.parametrizations) == 0:
+        del module.parametrizations
+        module.__class__ = cls.__bases__[0]
+        return
+    members = {k: v for k, v in vars(cls).items() if k not in (name, "__dict__", "__weakref__")}
+    module.__class__ = type(cls.__name__, cls.__bases__, members)
 
 
 def _settings(item: Found, weight: Tensor, keywords: dict[str, Any]) -> Settings:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from srn_kernels import backends, ops
-from srn_kernels.autograd import Plan, StableRankNormFunction
+from srn_kernels.autograd import Plan, run_round
 from srn_kernels.reference import state_dtype
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -126,8 +126,7 @@ class Request(NamedTuple):
         return request
 
 
-@functools.lru_cache(maxsize=256)
-def make_plan(
+def _build_plan(
     shapes: tuple[tuple[int, int], ...],
     target_ranks: tuple[float, ...],
     iterations: tuple[int, ...],
@@ -137,11 +136,18 @@ def make_plan(
     names: tuple[str, ...],
     backend: str,
 ) -> Plan:
-    """The constants of one op call; ``shapes`` are (rows, columns)."""
     offsets, size = ops.state_layout(shapes)
     return Plan(
         target_ranks, iterations, dims, eps, out_dtypes, names, tuple(offsets), size, backend
     )
+
+
+_cached_plan = functools.lru_cache(maxsize=256)(_build_plan)
+
+
+def make_plan(*constants: Any) -> Plan:
+    """The constants of one op call: (rows, columns) of each layer, then those of :class:`Plan`."""
+    return (_build_plan if torch.compiler.is_compiling() else _cached_plan)(*constants)
 
 
 def _groups(weights: Sequence[Tensor]) -> list[list[int]]:
@@ -221,9 +227,7 @@ def stable_rank_normalize(
             tuple(f"weights[{i}]" for i in group),
             name,
         )
-        results = StableRankNormFunction.apply(
-            plan, None, *chosen, *[us[i] for i in group], *[vs[i] for i in group]
-        )
+        results = run_round(plan, None, *chosen, *[us[i] for i in group], *[vs[i] for i in group])
         for i, out in zip(group, results, strict=False):
             outs[i] = out
     return outs

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from srn_kernels import backends
-from srn_kernels.autograd import RoundRecord, StableRankNormFunction
+from srn_kernels.autograd import RoundRecord, run_round
 from srn_kernels.functional import (
     FLOATING,
     check_count,
@@ -258,9 +258,7 @@ def normalize_entries(
             backends.resolve(backend, device.type),
         )
         kept = RoundRecord(plan, chosen) if record else None
-        results = StableRankNormFunction.apply(
-            plan, kept, *weights, *[u for u, _ in pairs], *[v for _, v in pairs]
-        )
+        results = run_round(plan, kept, *weights, *[u for u, _ in pairs], *[v for _, v in pairs])
         for place, (i, out) in enumerate(zip(group, results, strict=False)):
             entry = entries[i]
             outs[i] = out.squeeze(0) if entry.weight.dim() == 1 else out
@@ -286,7 +284,7 @@ def repeat_entry(entry: NormalizedWeight) -> Tensor:
     )
     start = plan.offsets[place]
     weight = entry.matrix_weight()
-    out, *_ = StableRankNormFunction.apply(
+    out, *_ = run_round(
         single,
         None,
         weight if is_dense(weight) else weight.contiguous(),

@@ -1,0 +1,60 @@
+"""Small models and measures that several test files use."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+import srn_kernels as srn
+
+
+class Discriminator(nn.Module):
+    """Conv, transposed conv and a one-output head, on (n, 3, 8, 8)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 12, 3, padding=1)
+        self.up = nn.ConvTranspose2d(12, 6, 4, stride=2, padding=1)
+        self.head = nn.Linear(6 * 16 * 16, 1)
+
+    def features(self, x: Tensor) -> Tensor:
+        return torch.relu(self.up(torch.relu(self.conv(x)))).flatten(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.features(x))
+
+
+def images(n: int = 2) -> Tensor:
+    return torch.randn(n, 3, 8, 8)
+
+
+def state(model: nn.Module) -> dict[str, Tensor]:
+    return {k: b.clone() for k, b in model.named_buffers() if k.endswith(("_u", "_v"))}
+
+
+def same_state(model: nn.Module, before: dict[str, Tensor]) -> bool:
+    return all(torch.equal(b, before[k]) for k, b in state(model).items())
+
+
+def matrix(layer: nn.Module, weight: Tensor) -> Tensor:
+    dim = 1 if isinstance(layer, nn.modules.conv._ConvTransposeNd) else 0
+    return weight.movedim(dim, 0).flatten(1)
+
+
+def sigma_max(layer: nn.Module, name: str = "weight") -> float:
+    """The largest singular value of W_hat, by SVD."""
+    return torch.linalg.matrix_norm(
+        matrix(layer, srn.normalized_weight(layer, name)).double(), 2
+    ).item()
+
+
+def wrapped_layers(model: nn.Module) -> list[nn.Module]:
+    return [m for m in model.modules() if srn.is_normalized(m)]
+
+
+def is_raw(model: nn.Module) -> bool:
+    """Whether every wrapped layer shows its Parameter again."""
+    return all(
+        "weight" not in m.__dict__ and isinstance(m.weight, nn.Parameter)
+        for m in wrapped_layers(model)
+    )
