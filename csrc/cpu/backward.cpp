@@ -14,6 +14,8 @@ struct BackwardJob {
   A* v;                     // columns in memory order
   InnerProducts* partials;  // one per tile
   BackwardScalars scalars;
+  bool stream;  // write dL/dW past the cache
+  void (*fence)();
 
   static int64_t bytes(const BackwardLayer& l, const Slabs& slabs) {
     return l.layout.columns() * int64_t(sizeof(A)) + slabs.count * int64_t(sizeof(InnerProducts)) +
@@ -22,11 +24,14 @@ struct BackwardJob {
 };
 
 template <class A>
-void set_up(BackwardLayer& l, const KernelTables& tables, Workspace& ws, BackwardJob<A>* job) {
+void set_up(BackwardLayer& l, const KernelTables& tables, bool stream, Workspace& ws,
+            BackwardJob<A>* job) {
   const int64_t columns = l.layout.columns();
   job->layer = &l;
   job->k = &kernels_for(tables, A());
   job->slabs = make_slabs(l.layout.rows, columns, element_size(l.weight_type));
+  job->stream = stream;
+  job->fence = tables.fence;
   job->u = static_cast<const A*>(l.round_u);
   job->v = ws.take_array<A>(columns);
   job->partials = ws.take_array<InnerProducts>(job->slabs.count);
@@ -88,12 +93,13 @@ void run_combine(BackwardJob<A>& job, int64_t index) {
           outer = A(job.scalars.outer);
   if (layout.outer == 1) {
     const auto combine = job.k->combine_row[l.grad_type][l.weight_type];
-    for (int64_t r = range.end - 1; r >= range.begin; --r) {
+    for (int64_t r = range.begin; r < range.end; ++r) {
       const int64_t o = r * layout.inner;
       combine(at(l.grad, o, l.grad_type), at(l.weight, o, l.weight_type),
               at(l.grad_weight, o, l.weight_type), layout.inner, scale, weight, outer * job.u[r],
-              job.v);
+              job.v, job.stream);
     }
+    if (job.stream) job.fence();
     return;
   }
   const auto combine = job.k->combine_flat[l.grad_type][l.weight_type];
@@ -125,19 +131,21 @@ void normalize_backward(std::vector<BackwardLayer>& layers, int64_t threads,
   std::vector<AnyJob> jobs(layers.size());
   std::vector<JobShape> shapes(layers.size());
   Workspace ws;
-  int64_t scratch = 0;
+  int64_t scratch = 0, written = 0;
   for (auto& l : layers) {
     const Slabs s = make_slabs(l.layout.rows, l.layout.columns(), element_size(l.weight_type));
     scratch += l.weight_type == kFloat64 ? BackwardJob<double>::bytes(l, s)
                                          : BackwardJob<float>::bytes(l, s);
+    written += l.layout.rows * l.layout.columns() * element_size(l.weight_type);
   }
+  const bool stream = written > kStreamBytes;
   ws.reserve(scratch);
   int64_t lookahead = 0, total = 0;
   for (size_t i = 0; i < layers.size(); ++i) {
     BackwardLayer& l = layers[i];
     jobs[i].wide = l.weight_type == kFloat64;
     jobs[i].visit([&](auto& job) {
-      set_up(l, tables, ws, &job);
+      set_up(l, tables, stream, ws, &job);
       const int64_t bytes = l.layout.rows * l.layout.columns() *
                             (element_size(l.weight_type) + element_size(l.grad_type));
       const int32_t tiles = int32_t(elementwise_tiles(l.layout, job.slabs));

@@ -1,7 +1,12 @@
 // The kernels for x86-64 processors with AVX2 and FMA.
 #include <cstdint>
+#include <type_traits>
 
 #include "kernels.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 
 #if defined(__x86_64__)
 

@@ -5,7 +5,7 @@
 // "row" functions see one matrix row that is contiguous in memory. "flat" functions see one outer
 // slice of a layout (outer, rows, inner) with outer > 1: its rows * inner elements are contiguous,
 // `left` holds u_r for every element and `right` repeats the slice's part of v with `period`
-// elements, followed by one vector's worth of wrap-around.
+// elements, followed by one vector's worth of wrap-around. `stream` writes past the cache.
 #pragma once
 
 #include <cstdint>
@@ -37,11 +37,11 @@ struct Kernels {
   // Equation s = W v for `rows` <= kRowBlock rows, `pitch` elements apart; returns the sum of
   // squares.
   using Dot = double (*)(const void* w, int64_t pitch, int rows, int64_t columns, const A* v, A* s);
-  // t += W^T s over the same rows.
+  // t += W^T s over the same rows; fetches as many rows from `next` for the coming dot.
   using Accumulate = void (*)(const void* w, int64_t pitch, int rows, int64_t columns, const A* s,
-                              A* t);
+                              A* t, const void* next);
   // out = a w + e v
-  using ScaleRow = void (*)(const void* w, void* out, int64_t n, A a, A e, const A* v);
+  using ScaleRow = void (*)(const void* w, void* out, int64_t n, A a, A e, const A* v, bool stream);
   using ScaleFlat = void (*)(const void* w, void* out, int64_t n, A a, A b, const A* left,
                              const A* right, int64_t period);
   using InnerRow = InnerProducts (*)(const void* g, const void* w, int64_t n, const A* v);
@@ -49,7 +49,7 @@ struct Kernels {
                                       const A* right, int64_t period);
   // out = scale (g + weight w + e v)
   using CombineRow = void (*)(const void* g, const void* w, void* out, int64_t n, A scale, A weight,
-                              A e, const A* v);
+                              A e, const A* v, bool stream);
   using CombineFlat = void (*)(const void* g, const void* w, void* out, int64_t n, A scale,
                                A weight, A outer, const A* left, const A* right, int64_t period);
   // total[j] = sum over slabs, in order, of factors[slab] * partials[slab * columns + j]
@@ -69,6 +69,7 @@ struct Kernels {
 
 struct KernelTables {
   const char* isa;
+  void (*fence)();  // after streamed stores, before anybody may read them
   Kernels<float> f32;
   Kernels<double> f64;
 };

@@ -25,7 +25,8 @@ struct ForwardJob {
   double* squares;  // each slab's share of |W|_F^2
   double* total;    // W^T s
   LayerStats stats;
-  double u_sign;  // evaluation: the factor that makes u unit with sigma >= 0
+  bool stream;  // write W_hat past the cache
+  void (*fence)();
 
   static int64_t bytes(const NormalizeLayer& l, const Slabs& slabs) {
     const int64_t r = l.layout.rows, c = l.layout.columns(), n = slabs.count;
@@ -43,11 +44,14 @@ double norm(const A* x, int64_t n) {
 }
 
 template <class A>
-void set_up(NormalizeLayer& l, const KernelTables& tables, Workspace& ws, ForwardJob<A>* job) {
+void set_up(NormalizeLayer& l, const KernelTables& tables, bool stream, Workspace& ws,
+            ForwardJob<A>* job) {
   const int64_t rows = l.layout.rows, columns = l.layout.columns();
   job->layer = &l;
   job->k = &kernels_for(tables, A());
   job->slabs = make_slabs(rows, columns, element_size(l.weight_type));
+  job->stream = stream;
+  job->fence = tables.fence;
   job->passes = l.iterations < 0 ? 0 : std::max(1, l.iterations);
   const int64_t n = job->slabs.count;
   job->v = ws.take_array<A>(columns);
@@ -135,7 +139,10 @@ void run_slab(ForwardJob<A>& job, int64_t slab) {
       exponent = here;
     }
     for (int i = 0; i < n; ++i) scaled[i] = A(std::ldexp(double(s[i]), -exponent));
-    job.k->accumulate[l.weight_type](w, columns, n, columns, scaled, t);
+    // In a packed block the rows that follow are not in memory yet; any address will do.
+    const bool ahead = l.layout.outer == 1 && r + 2 * kRowBlock <= l.layout.rows;
+    const void* next = ahead ? at(l.weight, (r + kRowBlock) * columns, l.weight_type) : w;
+    job.k->accumulate[l.weight_type](w, columns, n, columns, scaled, t, next);
   }
   job.squares[slab] = squares;
   if (iterate) job.factors[slab] = std::ldexp(1.0, exponent);
@@ -186,7 +193,7 @@ void finish_pass(ForwardJob<A>& job, int pass) {
   }
 }
 
-// W_hat = a W + b u v^T; the last rows first, which the cache still holds.
+// W_hat = a W + b u v^T; the last tile first, which the cache still holds.
 template <class A>
 void run_rescale(ForwardJob<A>& job, int64_t index) {
   static thread_local std::vector<A> left, right;
@@ -197,9 +204,10 @@ void run_rescale(ForwardJob<A>& job, int64_t index) {
   const A a = A(job.stats.a), b = A(job.stats.b);
   if (layout.outer == 1) {
     const auto scale = job.k->scale_row[l.weight_type][l.out_type];
-    for (int64_t r = range.end - 1; r >= range.begin; --r)
+    for (int64_t r = range.begin; r < range.end; ++r)
       scale(at(l.weight, r * layout.inner, l.weight_type), at(l.out, r * layout.inner, l.out_type),
-            layout.inner, a, b * job.u[r], job.v);
+            layout.inner, a, b * job.u[r], job.v, job.stream);
+    if (job.stream) job.fence();
     return;
   }
   const auto scale = job.k->scale_flat[l.weight_type][l.out_type];
@@ -230,19 +238,21 @@ void normalize(std::vector<NormalizeLayer>& layers, int64_t threads, const Paral
   std::vector<AnyJob> jobs(layers.size());
   std::vector<JobShape> shapes(layers.size());
   Workspace ws;
-  int64_t scratch = 0;
+  int64_t scratch = 0, written = 0;
   for (auto& l : layers) {
     const Slabs s = make_slabs(l.layout.rows, l.layout.columns(), element_size(l.weight_type));
     scratch += l.weight_type == kFloat64 ? ForwardJob<double>::bytes(l, s)
                                          : ForwardJob<float>::bytes(l, s);
+    written += l.layout.rows * l.layout.columns() * element_size(l.out_type);
   }
+  const bool stream = written > kStreamBytes;
   ws.reserve(scratch);
   int64_t lookahead = 0, total = 0;
   for (size_t i = 0; i < layers.size(); ++i) {
     NormalizeLayer& l = layers[i];
     jobs[i].wide = l.weight_type == kFloat64;
     jobs[i].visit([&](auto& job) {
-      set_up(l, tables, ws, &job);
+      set_up(l, tables, stream, ws, &job);
       const int64_t bytes = l.layout.rows * l.layout.columns() * element_size(l.weight_type);
       JobShape& shape = shapes[i];
       shape.tiles.assign(job.passes, int32_t(job.slabs.count));

@@ -2,6 +2,15 @@
 // the namespace SRN_ISA and after the target pragma; SRN_VECTOR_BYTES is the register width.
 // Torch-free.
 
+// Bit casts that work on a scalar and on a vector alike.
+template <class To, class From>
+static inline To bits(From x) {
+  static_assert(sizeof(To) == sizeof(From), "bit cast between equal sizes");
+  To y;
+  __builtin_memcpy(&y, &x, sizeof(To));
+  return y;
+}
+
 template <class A>
 struct Simd {
   static constexpr int kLanes = SRN_VECTOR_BYTES / int(sizeof(A));
@@ -13,6 +22,19 @@ struct Simd {
     return v;
   }
   static inline void store(A* p, V v) { __builtin_memcpy(p, &v, sizeof(V)); }
+  // Past the cache, to an address aligned to the vector; plain where the processor has no such
+  // store.
+  static inline void stream(A* p, V v) {
+#if defined(__x86_64__) && SRN_VECTOR_BYTES == 64
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(p), bits<__m512i>(v));
+#elif defined(__x86_64__) && SRN_VECTOR_BYTES == 32
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), bits<__m256i>(v));
+#elif defined(__x86_64__)
+    _mm_stream_si128(reinterpret_cast<__m128i*>(p), bits<__m128i>(v));
+#else
+    store(p, v);
+#endif
+  }
 };
 
 typedef uint16_t Half16 __attribute__((vector_size(SRN_VECTOR_BYTES / 2)));
@@ -20,14 +42,7 @@ typedef uint32_t Word32 __attribute__((vector_size(SRN_VECTOR_BYTES)));
 typedef int32_t Int32 __attribute__((vector_size(SRN_VECTOR_BYTES)));
 typedef Simd<float>::V Float32;
 
-// Bit casts and conversions that work on a scalar and on a vector alike.
-template <class To, class From>
-static inline To bits(From x) {
-  static_assert(sizeof(To) == sizeof(From), "bit cast between equal sizes");
-  To y;
-  __builtin_memcpy(&y, &x, sizeof(To));
-  return y;
-}
+// Conversions that work on a scalar and on a vector alike.
 static inline uint32_t select(bool c, uint32_t x, uint32_t y) { return c ? x : y; }
 static inline Word32 select(Int32 c, Word32 x, Word32 y) {
   const Word32 m = bits<Word32>(c);
