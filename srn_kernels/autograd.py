@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -35,6 +36,12 @@ class RoundRecord:
         self.round_state: Tensor | None = None
         self.stats: Tensor | None = None
         self.backward_seen = False
+        self.earlier: list[weakref.ref[RoundRecord]] = []
+
+    def waiting(self) -> list[RoundRecord]:
+        """Earlier rounds of these layers whose graphs live and have seen no backward."""
+        alive = [ref() for ref in self.earlier]
+        return [r for r in alive if r is not None and not r.backward_seen]
 
 
 def _plain_eager() -> bool:
@@ -187,6 +194,11 @@ def run_round(plan: Plan, record: RoundRecord | None, *tensors: Tensor) -> tuple
     """:class:`StableRankNormFunction`, or its forward alone where nothing wants a gradient."""
     weights = tensors[: len(plan.dims)]
     if torch.is_grad_enabled() and any(w.requires_grad for w in weights):
+        if _plain_eager():
+            # Function.apply would inspect forward's signature on every call, for 60 us.
+            return super(torch.autograd.Function, StableRankNormFunction).apply(
+                plan, record, *tensors
+            )
         return StableRankNormFunction.apply(plan, record, *tensors)
     outputs = StableRankNormFunction.forward(plan, record, *tensors)
     if record is not None:

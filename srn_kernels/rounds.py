@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from srn_kernels.autograd import RoundRecord
 from srn_kernels.state import (
     KEY,
     NormalizedWeight,
@@ -205,28 +206,29 @@ def _fill(activation: Activation) -> None:
         converge(stale)
     iterate = _may_iterate(entries)
     iterations = [e.settings.n_power_iterations if iterate and e.training else 0 for e in entries]
+    before = {id(e.record[0]): e.record[0] for e in entries if e.record is not None}
     outs = normalize_entries(entries, iterations)
     for entry, n in zip(entries, iterations, strict=True):
         if n > 0 or entry.parameter is None:
             entry.mark_fresh()
     if torch.is_grad_enabled():
-        _remember_open(entries)
+        _remember_waiting(entries, list(before.values()))
     activation.iterated = activation.iterated or any(iterations)
     activation.install(outs)
 
 
-def _remember_open(entries: Sequence[NormalizedWeight]) -> None:
-    for entry in entries:
-        alive = [r for r in entry.open_records if (x := r()) is not None and not x.backward_seen]
-        entry.open_records = [*alive, weakref.ref(entry.record[0])]
+def _remember_waiting(entries: Sequence[NormalizedWeight], before: Sequence[RoundRecord]) -> None:
+    """Links the rounds whose backward is still to come, for as long as their graphs live."""
+    waiting = {id(x): x for record in before for x in (record, *record.waiting())}
+    links = [weakref.ref(x) for x in waiting.values() if not x.backward_seen]
+    for record in {id(e.record[0]): e.record[0] for e in entries}.values():
+        record.earlier = links
 
 
 def _check_unambiguous(entries: Sequence[NormalizedWeight]) -> None:
     """A recomputation (activation checkpointing) must see the W_hat of its own forward."""
     for entry in entries:
-        waiting = {id(x) for r in entry.open_records if (x := r()) is not None}
-        waiting -= {id(x) for r in entry.open_records if (x := r()) is not None and x.backward_seen}
-        if len(waiting) > 1:
+        if entry.record[0].waiting():
             raise RuntimeError(
                 f"layer {entry.label!r} is computed again in a backward (activation "
                 "checkpointing) while several of its forwards wait for one; run those forwards "

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 import math
-import weakref
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from srn_kernels import backends
-from srn_kernels.autograd import RoundRecord, run_round
+from srn_kernels.autograd import Plan, RoundRecord, run_round
 from srn_kernels.functional import (
     FLOATING,
     check_count,
@@ -92,12 +92,12 @@ class NormalizedWeight:
         self.backward_seen = False  # since u and v last moved
         self.active: Any = None  # the Activation whose W_hat shadows the parameter now
         self.record: tuple[RoundRecord, int] | None = None  # the last round, and our place in it
-        self.open_records: list[weakref.ref[RoundRecord]] = []
+        self.constants: LayerConstants | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
         state["stale"] = self.is_stale()
-        for key in ("parameter", "version", "backward_seen", "active", "record", "open_records"):
+        for key in ("parameter", "version", "backward_seen", "active", "record", "constants"):
             del state[key]
         return state
 
@@ -208,21 +208,83 @@ def check_weight(weight: Tensor | None, label: str) -> None:
         raise ValueError(f"{label} must have at least one dimension")
 
 
-def out_dtype(entry: NormalizedWeight) -> torch.dtype:
-    """W_hat's dtype: the weight's, or autocast's where the layer would cast the weight anyway."""
-    weight = entry.weight
-    device = weight.device.type
-    if (
-        weight.dtype != torch.float64
-        and isinstance(entry.sites[0][0], _AUTOCAST_TYPES)
-        and torch.amp.is_autocast_available(device)
-        and torch.is_autocast_enabled(device)
-    ):
-        return torch.get_autocast_dtype(device)
-    return weight.dtype
-
-
 _AUTOCAST_TYPES = (nn.Linear, nn.modules.conv._ConvNd, nn.MultiheadAttention)
+
+
+class LayerConstants:
+    """What a round needs of one layer beside its tensors; compared by identity, so made once."""
+
+    __slots__ = ("columns", "dim", "label", "rows", "settings", "shape", "target_rank")
+
+    def __init__(self, entry: NormalizedWeight, weight: Tensor) -> None:
+        self.shape = weight.shape
+        self.settings = entry.settings
+        self.label = entry.label
+        self.dim = entry.settings.dim if weight.dim() > 1 else 0
+        self.rows, self.columns = entry.matrix_shape()
+        self.target_rank = entry.settings.target_rank(self.rows, self.columns)
+
+
+def _constants(entry: NormalizedWeight, weight: Tensor) -> LayerConstants:
+    if torch.compiler.is_compiling():
+        return LayerConstants(entry, weight)
+    known = entry.constants
+    if known is None or known.settings is not entry.settings or known.shape != weight.shape:
+        known = entry.constants = LayerConstants(entry, weight)
+    return known
+
+
+def _build_plan(
+    layers: tuple[LayerConstants, ...],
+    iterations: tuple[int, ...],
+    out_dtypes: tuple[torch.dtype, ...],
+    backend: str,
+) -> Plan:
+    return make_plan(
+        tuple((c.rows, c.columns) for c in layers),
+        tuple(c.target_rank for c in layers),
+        iterations,
+        tuple(c.dim for c in layers),
+        tuple(c.settings.eps for c in layers),
+        out_dtypes,
+        tuple(c.label for c in layers),
+        backend,
+    )
+
+
+_cached_plan = functools.lru_cache(maxsize=256)(_build_plan)
+
+
+def _out_dtypes(
+    entries: Sequence[NormalizedWeight], weights: Sequence[Tensor], device: str
+) -> tuple[torch.dtype, ...]:
+    """The weights' dtypes, or autocast's where the layer would cast its weight anyway."""
+    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+        return tuple(w.dtype for w in weights)
+    autocast = torch.get_autocast_dtype(device)
+    return tuple(
+        autocast
+        if w.dtype != torch.float64 and isinstance(e.sites[0][0], _AUTOCAST_TYPES)
+        else w.dtype
+        for e, w in zip(entries, weights, strict=True)
+    )
+
+
+def _matrix(weight: Tensor) -> Tensor:
+    """The weight as the ops take it: dense, and a vector as a matrix of one row."""
+    if weight.dim() == 1:
+        weight = weight.unsqueeze(0)
+    return weight if is_dense(weight) else weight.contiguous()
+
+
+def _groups(entries: Sequence[NormalizedWeight]) -> list[tuple[torch.device, str, list[int]]]:
+    """Entries that one op call can take: one device, one state dtype, one backend."""
+    groups: dict[Any, list[int]] = {}
+    for i, entry in enumerate(entries):
+        weight = entry.weight
+        key = (weight.device, weight.dtype == torch.float64, entry.settings.backend)
+        groups.setdefault(key, []).append(i)
+    return [(device, backend, group) for (device, _, backend), group in groups.items()]
 
 
 def normalize_entries(
@@ -235,65 +297,49 @@ def normalize_entries(
 
     ``state`` replaces the entries' own u, v; ``record`` keeps what a recomputation needs.
     """
-    groups: dict[Any, list[int]] = {}
-    for i, entry in enumerate(entries):
-        w = entry.weight
-        groups.setdefault((w.device, w.dtype == torch.float64, entry.settings.backend), []).append(
-            i
-        )
     outs: list[Any] = [None] * len(entries)
-    for (device, _, backend), group in groups.items():
+    for device, backend, group in _groups(entries):
         chosen = [entries[i] for i in group]
-        weights = [e.matrix_weight() for e in chosen]
-        weights = [w if is_dense(w) else w.contiguous() for w in weights]
+        raw = [e.weight for e in chosen]
         pairs = [(e.u, e.v) for e in chosen] if state is None else [state[i] for i in group]
-        plan = make_plan(
-            tuple(e.matrix_shape() for e in chosen),
-            tuple(e.target_rank() for e in chosen),
-            tuple(iterations[i] for i in group),
-            tuple(e.settings.dim if e.weight.dim() > 1 else 0 for e in chosen),
-            tuple(e.settings.eps for e in chosen),
-            tuple(out_dtype(e) for e in chosen),
-            tuple(e.label for e in chosen),
+        plan = (_build_plan if torch.compiler.is_compiling() else _cached_plan)(
+            tuple([_constants(e, w) for e, w in zip(chosen, raw, strict=True)]),
+            tuple([iterations[i] for i in group]),
+            _out_dtypes(chosen, raw, device.type),
             backends.resolve(backend, device.type),
         )
         kept = RoundRecord(plan, chosen) if record else None
-        results = run_round(plan, kept, *weights, *[u for u, _ in pairs], *[v for _, v in pairs])
-        for place, (i, out) in enumerate(zip(group, results, strict=False)):
-            entry = entries[i]
-            outs[i] = out.squeeze(0) if entry.weight.dim() == 1 else out
+        results = run_round(
+            plan, kept, *map(_matrix, raw), *[u for u, _ in pairs], *[v for _, v in pairs]
+        )
+        for place, i in enumerate(group):
+            out = results[place]
+            outs[i] = out.squeeze(0) if raw[place].dim() == 1 else out
             if kept is not None:
-                entry.record = (kept, place)
+                entries[i].record = (kept, place)
     return outs
 
 
 def repeat_entry(entry: NormalizedWeight) -> Tensor:
     """W_hat of the entry's last round once more, bit for bit, on a node of its own."""
     record, place = entry.record
-    plan = record.plan
-    rows, columns = entry.matrix_shape()
-    single = make_plan(
-        ((rows, columns),),
-        plan.target_ranks[place : place + 1],
+    start, weight = record.plan.offsets[place], entry.weight
+    plan = _cached_plan(
+        (_constants(entry, weight),),
         (-1,),
-        plan.dims[place : place + 1],
-        plan.eps[place : place + 1],
-        plan.out_dtypes[place : place + 1],
-        plan.names[place : place + 1],
-        plan.backend,
+        record.plan.out_dtypes[place : place + 1],
+        record.plan.backend,
     )
-    start = plan.offsets[place]
-    weight = entry.matrix_weight()
     out, *_ = run_round(
-        single,
+        plan,
         None,
-        weight if is_dense(weight) else weight.contiguous(),
+        _matrix(weight),
         entry.u,
         entry.v,
-        record.round_state[start : start + single.state_size],
+        record.round_state[start : start + plan.state_size],
         record.stats[place : place + 1],
     )
-    return out.squeeze(0) if entry.weight.dim() == 1 else out
+    return out.squeeze(0) if weight.dim() == 1 else out
 
 
 def converge(entries: Sequence[NormalizedWeight], iterations: int | None = None) -> None:

@@ -15,6 +15,8 @@ import warnings
 from collections.abc import Iterator
 from types import ModuleType
 
+import torch
+
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 _local = threading.local()
 
@@ -71,6 +73,7 @@ def _automatic(device_type: str) -> str:
     return name
 
 
+@torch.compiler.assume_constant_result
 def resolve(name: str, device_type: str) -> str:
     """The backend that serves ``name`` on a device type ("cpu", "cuda", ...)."""
     if name == "auto":
