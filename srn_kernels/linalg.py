@@ -22,3 +22,22 @@ def stable_rank(W: Tensor) -> Tensor:
     top = s[..., :1]
     safe = torch.where(top > 0, top, 1.0)
     return (s / safe).square().sum(-1)
+
+
+def nearest_with_stable_rank(
+    W: Tensor, r: float, k: int = 1, *, method: str = "power"
+) -> tuple[Tensor, int, float]:
+    """The nearest matrix with stable rank r that keeps the top k singular values (Theorem 1)."""
+    raise NotImplementedError("nearest_with_stable_rank is not available yet")
+
+
+def spectral_clip(W: Tensor, s: float, *, method: str = "power") -> Tensor:
+    """The nearest matrix with spectral norm at most s (Algorithm 3)."""
+    raise NotImplementedError("spectral_clip is not available yet")
+
+
+def top_singular(
+    W: Tensor, k: int, *, iterations: int = 1000, tol: float = 1e-6
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The top k singular triples by block power iteration."""
+    raise NotImplementedError("top_singular is not available yet")
