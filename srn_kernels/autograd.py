@@ -27,6 +27,20 @@ class Plan(NamedTuple):
     backend: str
 
 
+_BATCHED = (
+    "torch.vmap over the weights of a normalised model is not supported; normalise a list of the "
+    "members' weights in one stable_rank_normalize call instead"
+)
+
+
+def refuse_batched(weights: Sequence[Tensor]) -> None:
+    """Raises RuntimeError for weights that torch.vmap maps over."""
+    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is None:
+        return
+    if any(torch._C._functorch.is_batchedtensor(w) for w in weights):
+        raise RuntimeError(_BATCHED)
+
+
 class RoundRecord:
     """What is remembered of one eager round: enough to compute its W_hat again, bit for bit."""
 
@@ -182,10 +196,7 @@ class StableRankNormFunction(torch.autograd.Function):
         *tensors: Tensor,
     ) -> Any:
         if any(d is not None for d in in_dims[2:]):
-            raise RuntimeError(
-                "torch.vmap over the weights of a normalised model is not supported; normalise a "
-                "list of the members' weights in one stable_rank_normalize call instead"
-            )
+            raise RuntimeError(_BATCHED)
         outs = StableRankNormFunction.apply(plan, record, *tensors)
         return outs, (None,) * len(outs)
 

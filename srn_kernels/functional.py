@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from srn_kernels import backends, ops
-from srn_kernels.autograd import Plan, run_round
+from srn_kernels.autograd import Plan, refuse_batched, run_round
 from srn_kernels.reference import state_dtype
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -41,6 +41,17 @@ def check_eps(eps: float) -> float:
 def is_dense(t: Tensor) -> bool:
     """Dense and not overlapping, in any order of dimensions."""
     return t.is_contiguous() or torch.ops.aten.is_non_overlapping_and_dense(t)
+
+
+def overlaps(t: Tensor) -> bool:
+    """Whether two elements may share memory (expanded or sliding views)."""
+    reach = 0
+    for stride, size in sorted(zip(t.stride(), t.shape, strict=True)):
+        if size > 1:
+            if stride <= reach:
+                return True
+            reach += stride * (size - 1)
+    return False
 
 
 class Request(NamedTuple):
@@ -91,6 +102,8 @@ class Request(NamedTuple):
                     f"{tuple(weight.shape)}"
                 )
             dim = 0 if dims is None else dims[i]
+            if not isinstance(dim, int) or isinstance(dim, bool):
+                raise TypeError(f"dims[{i}] must be an int, got {dim!r}")
             if not -weight.dim() <= dim < weight.dim():
                 raise ValueError(f"dims[{i}] = {dim} is no dimension of {tuple(weight.shape)}")
             dim %= weight.dim()
@@ -114,9 +127,11 @@ class Request(NamedTuple):
                     raise ValueError(f"{argument}[{i}] must be contiguous")
                 if x.requires_grad:
                     raise ValueError(f"{argument}[{i}] is state and must not require a gradient")
-            rank = float(target_ranks[i])
+            rank = target_ranks[i]
+            if not isinstance(rank, (int, float)) or isinstance(rank, bool):
+                raise TypeError(f"target_ranks[{i}] must be a number, got {rank!r}")
             if not rank >= 1:
-                raise ValueError(f"target_ranks[{i}] must be at least 1, got {target_ranks[i]}")
+                raise ValueError(f"target_ranks[{i}] must be at least 1, got {rank}")
             out = out_dtype or weight.dtype
             if out == torch.float64 and weight.dtype != torch.float64:
                 raise ValueError(f"out_dtype float64 needs float64 weights; weights[{i}] is not")
@@ -210,6 +225,7 @@ def stable_rank_normalize(
     request = Request.checked(
         weights, us, vs, target_ranks, n_power_iterations, eps, dims, training, out_dtype, gradient
     )
+    refuse_batched(weights)
     outs = [w.to(request.out_dtypes[i]) if w.numel() == 0 else None for i, w in enumerate(weights)]
     calls = [
         (group, backends.resolve(backend, weights[group[0]].device.type))
@@ -248,15 +264,15 @@ def stable_rank_project_(
     """Overwrites the weights with what :func:`stable_rank_normalize` would return.
 
     Runs under no_grad, works on leaf Parameters and bumps their version. Arguments and errors as
-    there; a weight whose memory overlaps itself (an expanded tensor) raises ValueError.
+    there; a weight that overlaps itself in memory (an expanded tensor) raises ValueError.
     """
     backends.check_name(backend)
     request = Request.checked(
         weights, us, vs, target_ranks, n_power_iterations, eps, dims, training, None, "frozen"
     )
     for i, weight in enumerate(weights):
-        if any(s == 0 and n > 1 for s, n in zip(weight.stride(), weight.shape, strict=True)):
-            raise ValueError(f"weights[{i}] is an expanded tensor and cannot be overwritten")
+        if overlaps(weight):
+            raise ValueError(f"weights[{i}] overlaps itself in memory and cannot be overwritten")
     calls = [
         (group, backends.resolve(backend, weights[group[0]].device.type))
         for group in _groups(weights)

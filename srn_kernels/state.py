@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from srn_kernels import backends
-from srn_kernels.autograd import Plan, RoundRecord, run_round
+from srn_kernels.autograd import Plan, RoundRecord, refuse_batched, run_round
 from srn_kernels.functional import (
     FLOATING,
     check_count,
@@ -301,6 +301,7 @@ def normalize_entries(
     for device, backend, group in _groups(entries):
         chosen = [entries[i] for i in group]
         raw = [e.weight for e in chosen]
+        refuse_batched(raw)
         pairs = [(e.u, e.v) for e in chosen] if state is None else [state[i] for i in group]
         plan = (_build_plan if torch.compiler.is_compiling() else _cached_plan)(
             tuple([_constants(e, w) for e, w in zip(chosen, raw, strict=True)]),
