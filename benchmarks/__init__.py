@@ -1,0 +1,1 @@
+"""The benchmark suite of srn_kernels: ``python -m benchmarks --help``."""

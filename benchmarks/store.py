@@ -1,0 +1,140 @@
+"""The result store: one row a measurement, as JSON lines, written by programs only."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+
+import srn_kernels
+from benchmarks.timing import Spread
+from benchmarks.workloads import CORE
+from srn_kernels.backends import cpu
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results"
+# What a measurement depends on; results and documents do not count.
+SOURCES = ("srn_kernels", "csrc", "setup.py", "benchmarks", ":!benchmarks/results")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One metric of one provider; the metric's name ends with its unit."""
+
+    commit: str
+    dirty: bool
+    date: str
+    srn_kernels: str
+    torch: str
+    python: str
+    cpu: str
+    cores: int
+    threads: int
+    instruction_set: str
+    load: float
+    workload: str = ""
+    provider: str = ""
+    rank_ratio: float | None = None
+    mode: str = ""
+    metric: str = ""
+    p20: float = 0.0
+    p50: float = 0.0
+    p80: float = 0.0
+    repeats: int = 0
+    bytes: int = 0
+
+    @property
+    def machine(self) -> tuple[str, int, int, str]:
+        return self.cpu, self.cores, self.threads, self.instruction_set
+
+    @property
+    def subject(self) -> tuple[str, str, float | None, str, str]:
+        return self.workload, self.provider, self.rank_ratio, self.mode, self.metric
+
+    def with_result(self, metric: str, result: Spread, scale: float = 1.0) -> Row:
+        values = (float(f"{scale * x:.6g}") for x in result[:3])
+        p20, p50, p80 = values
+        return replace(self, metric=metric, p20=p20, p50=p50, p80=p80, repeats=result.repeats)
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        run = subprocess.run(
+            ("git", *arguments), cwd=HERE.parent, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return run.stdout.strip()
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def environment() -> Row:
+    """A row without a measurement: when, on what, and with which versions."""
+    now = datetime.datetime.now(datetime.timezone.utc)
+    return Row(
+        commit=_git("rev-parse", "--short=10", "HEAD") or "unknown",
+        dirty=_git("status", "--porcelain", "--", *SOURCES) != "",
+        date=now.isoformat(timespec="seconds"),
+        srn_kernels=srn_kernels.__version__,
+        torch=torch.__version__,
+        python=platform.python_version(),
+        cpu=_cpu_model(),
+        cores=_cores(),
+        threads=torch.get_num_threads(),
+        instruction_set=cpu.instruction_set() or torch.backends.cpu.get_cpu_capability().lower(),
+        load=round(os.getloadavg()[0], 2),
+    )
+
+
+def append(rows: Iterable[Row], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        for row in rows:
+            file.write(json.dumps(asdict(row)) + "\n")
+
+
+def load(folder: Path = RESULTS) -> list[Row]:
+    """All rows of a folder's files, oldest first."""
+    rows = [
+        Row(**json.loads(line))
+        for path in sorted(folder.glob("*.jsonl"))
+        for line in path.read_text().splitlines()
+        if line.strip()
+    ]
+    return sorted(rows, key=lambda row: row.date)
+
+
+def newest(rows: Iterable[Row]) -> list[Row]:
+    """Of the rows with one machine and one subject, the last by date."""
+    latest: dict[tuple, Row] = {}
+    for row in sorted(rows, key=lambda row: row.date):
+        latest[row.machine, row.subject] = row
+    return list(latest.values())
+
+
+def published(rows: Iterable[Row]) -> list[Row]:
+    """What tables and plots show: the core workloads on the machine that was measured last."""
+    rows = [row for row in newest(rows) if row.workload in CORE]
+    machine = max(rows, key=lambda row: row.date).machine if rows else None
+    return [row for row in rows if row.machine == machine]

@@ -1,0 +1,189 @@
+"""Runs workloads: build every provider, gate it, time it beside the others, make rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from benchmarks import memory, models, workloads
+from benchmarks.oracle import WrongResult, check_runner, make_oracle
+from benchmarks.providers import MODES, PROVIDERS, Provider, Runner
+from benchmarks.store import Row
+from benchmarks.timing import Samples, measure, spread
+from benchmarks.workloads import Problem, Workload
+
+Key = tuple[str, float | None]  # provider, rank ratio
+
+STEP = "step"  # the mode of whole models
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to run, and how long."""
+
+    providers: tuple[str, ...] = tuple(PROVIDERS)
+    modes: tuple[str, ...] = (*MODES, STEP)
+    rank_ratios: tuple[float, ...] = (1.0, 0.7)
+    repeats: int = 30
+    budget: float = 2.5  # seconds for one provider in one mode
+
+    def wanted(self) -> list[tuple[Provider, float | None]]:
+        return [
+            (PROVIDERS[name], ratio)
+            for name in self.providers
+            for ratio in PROVIDERS[name].ratios(self.rank_ratios)
+        ]
+
+
+@dataclass
+class Watcher:
+    """Told how a run goes; the command line shows it."""
+
+    say: Callable[[str], None] = lambda text: None
+    advance: Callable[[], None] = lambda: None
+    complain: Callable[[str], None] = lambda text: None
+    failures: int = 0
+
+    def fail(self, text: str) -> None:
+        self.failures += 1
+        self.complain(text)
+
+
+def label(key: Key) -> str:
+    name, ratio = key
+    return name if ratio is None else f"{name}@{ratio:g}"
+
+
+def _over(time: float, base: float) -> float:
+    return time / base
+
+
+def _speedup(time: float, base: float) -> float:
+    return base / time
+
+
+def _share(time: float, base: float) -> float:
+    return 100 * (time - base) / time
+
+
+def comparisons(key: Key) -> list[tuple[str, Key, Callable[[float, float], float]]]:
+    """(metric, base, function of both times) of one candidate."""
+    _, ratio = key
+    return [
+        ("time_over_copy_x", ("copy", None), _over),
+        ("speedup_over_torch_sn_x", ("torch_sn", 1.0), _speedup),
+        ("speedup_over_layerwise_x", ("layerwise", ratio), _speedup),
+        ("speedup_over_reference_x", ("reference", ratio), _speedup),
+        ("share_of_step_percent", ("plain", None), _share),
+    ]
+
+
+def make_rows(samples: Samples[Key], base: Row) -> list[Row]:
+    """The time of every candidate, and its ratios to those of the bases that ran beside it."""
+    rows = []
+    for key in samples:
+        row = replace(base, provider=key[0], rank_ratio=key[1])
+        rows.append(row.with_result("time_ms", samples.spread(key), 1e3))
+        for metric, other, function in comparisons(key):
+            if other != key and (result := samples.paired(key, other, function)):
+                rows.append(row.with_result(metric, result))
+    return rows
+
+
+def gated(problem: Problem, options: Options, watcher: Watcher) -> dict[Key, Runner]:
+    """Builds the providers; those with a wrong result are reported and left out."""
+    runners: dict[Key, Runner] = {}
+    oracles = {}
+    for declared, ratio in options.wanted():
+        key = (declared.name, ratio)
+        if reason := declared.unavailable_reason():
+            watcher.complain(f"{label(key)} is not available: {reason}")
+            continue
+        watcher.say(f"{problem.workload.name}: checking {label(key)}")
+        runner = declared.runner(problem, ratio)
+        if ratio is not None:
+            order = ratio, runner.updates_v_first
+            if order not in oracles:
+                oracles[order] = make_oracle(problem, *order)
+            try:
+                check_runner(label(key), runner, oracles[order], declared.modes)
+            except WrongResult as error:
+                watcher.fail(str(error))
+                continue
+        runners[key] = runner
+    return runners
+
+
+def run_matrices(
+    workload: Workload, options: Options, base: Row, watcher: Watcher, seed: int = 0
+) -> list[Row]:
+    """All modes but whole models' steps. Raises MemoryError if it would not fit."""
+    modes = [m for m in options.modes if m in MODES]
+    # Weights, gradients, copies, float64 results for every rank ratio, and what is in flight.
+    mebibytes = (12 + 2 * len(options.rank_ratios)) * workload.parameters * 4 / 2**20
+    if mebibytes > (there := memory.available_mebibytes()):
+        raise MemoryError(
+            f"{workload.name} needs about {mebibytes:.0f} MiB, {there:.0f} MiB are available; "
+            f"try a part of it, {workload.name}/8"
+        )
+    if not modes:
+        return []
+    runners = gated(workloads.make_problem(workload, seed), options, watcher)
+    rows = []
+    for mode in modes:
+        chosen = {k: r for k, r in runners.items() if mode in PROVIDERS[k[0]].modes}
+        for runner in chosen.values():
+            runner.train(mode != "evaluation")
+        watcher.say(f"{workload.name}: {mode}")
+        samples: Samples[Key] = measure(
+            {key: getattr(runner, mode) for key, runner in chosen.items()},
+            repeats=options.repeats,
+            budget=options.budget,
+            step=watcher.advance,
+        )
+        size = workloads.floor_bytes(workload.parameters, mode)
+        row = replace(base, workload=workload.name, mode=mode, bytes=size)
+        rows += make_rows(samples, row)
+        if mode == "forward_backward":
+            rows += memory_rows(chosen, row)
+    return rows
+
+
+def memory_rows(runners: dict[Key, Runner], base: Row, repeats: int = 3) -> list[Row]:
+    """Peak memory of a forward and backward beyond weights and dL/dW_hat, where it can be told."""
+    rows = []
+    for key, runner in runners.items():
+        if key[1] is None:
+            continue
+        peaks = [memory.peak_mebibytes(runner.forward_backward) for _ in range(repeats)]
+        if None not in peaks:
+            row = replace(base, provider=key[0], rank_ratio=key[1])
+            rows.append(row.with_result("peak_memory_mib", spread(peaks)))
+    return rows
+
+
+def run_step(workload: Workload, options: Options, base: Row, watcher: Watcher) -> list[Row]:
+    """The training step of the workload's discriminator: plain, and with each normalisation."""
+    if STEP not in options.modes or workload.name not in models.MODELS:
+        return []
+    keys: list[Key] = [("plain", None)]
+    for declared, ratio in options.wanted():
+        if declared.name in models.STEP_PROVIDERS and not declared.unavailable_reason():
+            keys.append((declared.name, ratio))
+    if len(keys) == 1:
+        return []
+    watcher.say(f"{workload.name}: {STEP}")
+    samples: Samples[Key] = measure(
+        {key: models.make_step(workload.name, *key) for key in keys},
+        repeats=options.repeats,
+        budget=options.budget,
+        step=watcher.advance,
+    )
+    return make_rows(samples, replace(base, workload=workload.name, mode=STEP))
+
+
+def count_steps(names: Sequence[str], options: Options) -> int:
+    """How often a run will call ``Watcher.advance``."""
+    matrices = sum(mode in MODES for mode in options.modes)
+    whole = sum(name in models.MODELS for name in names) if STEP in options.modes else 0
+    return options.repeats * (matrices * len(names) + whole)

@@ -1,0 +1,342 @@
+"""The benchmark suite: its data, its arithmetic, its gate, its store and its command line."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from benchmarks import models, oracle, plots, providers, store, suite, tables, timing, workloads
+from benchmarks.__main__ import app
+from srn_kernels.functional import stable_rank_normalize
+
+ROOT = Path(__file__).parent.parent
+TINY = workloads.Workload("tiny", "made up", ((8, 12), (9, 5), (1, 7)))
+
+
+def make_row(**values) -> store.Row:
+    first = {
+        "commit": "aaaa",
+        "dirty": False,
+        "date": "2026-01-01T00:00:00+00:00",
+        "srn_kernels": "0",
+        "torch": "2",
+        "python": "3",
+        "cpu": "abacus",
+        "cores": 2,
+        "threads": 2,
+        "instruction_set": "beads",
+        "load": 0.0,
+        "workload": workloads.CORE[0],
+        "provider": "module",
+        "rank_ratio": 1.0,
+        "mode": "forward_backward",
+        "metric": "time_ms",
+        "p20": 1.0,
+        "p50": 2.0,
+        "p80": 3.0,
+        "repeats": 5,
+        "bytes": 8,
+    }
+    return store.Row(**{**first, **values})
+
+
+# --- workloads -----------------------------------------------------------------------------------
+
+
+def test_workloads_hold_what_they_say():
+    known = workloads.load()
+    assert set(workloads.CORE) <= set(known)
+    assert known["biggan_128_D_ch96"].parameters == 87_970_368
+
+
+def test_a_wrong_total_is_refused():
+    record = {"source": "", "layers": [[2, 3, 1]], "total_params": 7}
+    with pytest.raises(ValueError, match="6 parameters, total_params says 7"):
+        workloads.Workload.from_record("w", record)
+
+
+@pytest.mark.parametrize(
+    ("name", "shapes"), [("2x3x4", ((3, 4),) * 2), ("densenet40_k12/20", ((16, 27), (12, 2088)))]
+)
+def test_workloads_made_from_numbers(name, shapes):
+    assert workloads.find(name).shapes == shapes
+
+
+@pytest.mark.parametrize("name", ["nothing", "0x3x4", "vit_b16/0", "nothing/2"])
+def test_an_unknown_workload_is_named(name):
+    with pytest.raises(ValueError, match=name):
+        workloads.find(name)
+
+
+@pytest.mark.parametrize("shape", [(5, 9), (9, 5), (1, 7), (6, 6)])
+def test_flat_matrix_has_singular_values_one(shape):
+    singular = torch.linalg.svdvals(workloads.flat_matrix(*shape))
+    torch.testing.assert_close(singular, torch.ones_like(singular))
+
+
+@pytest.mark.parametrize("name", models.MODELS)
+def test_models_have_their_workloads_weights(name):
+    with torch.device("meta"):
+        model = models.MODELS[name].make()
+    layers = models.normalized_layers(model).values()
+    shapes = Counter((layer.weight.shape[0], layer.weight[0].numel()) for layer in layers)
+    assert shapes == Counter(workloads.find(name).shapes)
+
+
+# --- timing --------------------------------------------------------------------------------------
+
+
+class FakeClock:
+    """Time that passes only inside the timed bodies."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.calls: list[str] = []
+
+    def __call__(self) -> float:
+        return self.now
+
+    def body(self, name: str, seconds):
+        durations = iter(seconds)
+
+        def run() -> None:
+            self.calls.append(name)
+            self.now += next(durations)
+
+        return run
+
+
+def test_percentiles():
+    assert timing.spread([5.0, 1.0, 3.0, 2.0, 4.0, 6.0]) == (2.0, 3.5, 5.0, 6)
+    assert timing.spread([7.0]) == (7.0, 7.0, 7.0, 1)
+    with pytest.raises(ValueError, match="values"):
+        timing.spread([])
+
+
+def test_candidates_take_turns_and_ratios_are_paired():
+    clock = FakeClock()
+    warm = [1.0] * timing.WARM_UPS
+    bodies = {
+        "a": clock.body("a", [*warm, 1.0, 10.0, 100.0]),
+        "b": clock.body("b", [*warm, 2.0, 30.0, 400.0]),
+    }
+    samples = timing.measure(bodies, repeats=3, budget=1e9, clock=clock)
+    assert "".join(clock.calls[2 * timing.WARM_UPS :]) == "ababab"
+    assert samples == {"a": [1.0, 10.0, 100.0], "b": [2.0, 30.0, 400.0]}
+    ratios = samples.paired("b", "a", lambda t, base: t / base)
+    # Of the ratios 2, 3 and 4, not of medians: a machine that slows down cancels.
+    assert ratios == pytest.approx((2.4, 3.0, 3.6, 3))
+    assert samples.paired("b", "absent", lambda t, base: t) is None
+
+
+def test_a_slow_candidate_sits_repeats_out():
+    clock = FakeClock()
+    bodies = {"slow": clock.body("slow", [3.0] * 99), "fast": clock.body("fast", [0.1] * 99)}
+    samples = timing.measure(bodies, repeats=20, budget=30.0, clock=clock)
+    assert samples.spread("slow").repeats == 10
+    assert samples.spread("fast").repeats == 20
+    assert samples.paired("fast", "slow", lambda t, base: t / base).repeats == 10
+    assert timing.share_of_repeats(1e6, 20, 30.0) == timing.FEWEST
+
+
+def test_garbage_collection_is_off_and_comes_back():
+    import gc
+
+    seen = []
+    timing.measure({"a": lambda: seen.append(gc.isenabled())}, repeats=1, budget=1.0)
+    assert not any(seen)
+    assert gc.isenabled()
+
+
+# --- the gate ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def problem() -> workloads.Problem:
+    return workloads.make_problem(TINY)
+
+
+EAGER = [
+    pytest.param(name, ratio, id=f"{name}-{ratio}")
+    for name, declared in providers.PROVIDERS.items()
+    for ratio in declared.ratios([1.0, 0.7, 0.05])
+    if name != "torch_sn_compiled" and ratio is not None
+]
+
+
+@pytest.mark.parametrize(("name", "rank_ratio"), EAGER)
+def test_every_provider_passes_the_gate(problem, name, rank_ratio):
+    declared = providers.PROVIDERS[name]
+    if reason := declared.unavailable_reason():
+        pytest.skip(reason)
+    runner = declared.runner(problem, rank_ratio)
+    wanted = oracle.make_oracle(problem, rank_ratio, runner.updates_v_first)
+    oracle.check_runner(name, runner, wanted, declared.modes)
+    for mode in declared.modes:
+        getattr(runner, mode)()
+    assert all(p.grad is None for p in runner.parameters)
+
+
+class Wrong(providers.StatefulRunner):
+    """Right but for what ``spoil`` does."""
+
+    def outputs(self):
+        training = self.training and self.spoil != "iteration"
+        ranks = [2.0 * r for r in self.target_ranks] if self.spoil == "rank" else self.target_ranks
+        outs = stable_rank_normalize(
+            self.parameters, self.us, self.vs, ranks, training=training, backend="reference"
+        )
+        if self.spoil == "gradient":
+            outs = [out.detach() + 1.001 * (out - out.detach()) for out in outs]
+        if self.spoil == "evaluation" and not self.training:
+            outs = [1.001 * out for out in outs]
+        return outs
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        ("iteration", "output of layer 0"),
+        ("rank", "output of layer 0"),
+        ("gradient", "gradient of layer 0"),
+        ("evaluation", "evaluation output of layer 0"),
+    ],
+)
+def test_the_gate_stops_a_wrong_provider(problem, spoil, message):
+    runner = Wrong(problem, 0.5)
+    runner.spoil = spoil
+    with pytest.raises(oracle.WrongResult, match=message):
+        oracle.check_runner("wrong", runner, oracle.make_oracle(problem, 0.5), providers.MODES)
+
+
+def test_a_wrong_provider_is_not_timed(problem, monkeypatch):
+    Wrong.spoil = "gradient"
+    declared = replace(providers.PROVIDERS["reference"], name="wrong", runner=Wrong)
+    monkeypatch.setitem(providers.PROVIDERS, "wrong", declared)
+    complaints = []
+    watcher = suite.Watcher(complain=complaints.append)
+    options = suite.Options(providers=("copy", "wrong"), rank_ratios=(0.5,), repeats=1)
+    rows = suite.run_matrices(TINY, options, make_row(), watcher)
+    assert {row.provider for row in rows} == {"copy"}
+    assert watcher.failures == 1
+    assert "gradient" in complaints[0]
+
+
+# --- the store -----------------------------------------------------------------------------------
+
+
+def test_rows_survive_the_store(tmp_path):
+    rows = [make_row(), make_row(date="2025-01-01", rank_ratio=None, provider="copy")]
+    store.append(rows[:1], tmp_path / "new" / "b.jsonl")
+    store.append(rows[1:], tmp_path / "new" / "a.jsonl")
+    assert store.load(tmp_path / "new") == rows[::-1]
+
+
+def test_the_newest_row_of_a_subject_and_machine_counts():
+    old, new = make_row(p50=1.0), make_row(p50=9.0, date="2026-02-01T00:00:00+00:00")
+    other = make_row(threads=1)
+    assert set(store.newest([new, other, old])) == {new, other}
+    assert store.published([new, make_row(threads=1, date="2025")]) == [new]
+
+
+def test_the_environment_is_found():
+    row = store.environment()
+    assert row.cpu and row.cores > 0 and row.threads == torch.get_num_threads()
+    assert row.torch == torch.__version__
+
+
+# --- tables and command line ---------------------------------------------------------------------
+
+cli = CliRunner()
+
+
+def test_check_detects_a_difference(tmp_path):
+    store.append([make_row()], tmp_path / "cpu.jsonl")
+    document = tmp_path / "README.md"
+    document.write_text(f"before\n{tables.BEGIN}\n{tables.END}\nafter\n")
+    arguments = ["table", "--store", str(tmp_path)]
+    assert cli.invoke(app, [*arguments, "--check", str(document)]).exit_code == 1
+    assert cli.invoke(app, [*arguments, "--write", str(document)]).exit_code == 0
+    assert cli.invoke(app, [*arguments, "--check", str(document)]).exit_code == 0
+    text = document.read_text()
+    assert text.startswith("before\n") and text.endswith("\nafter\n")
+    document.write_text(text.replace("**2.00**", "**1.00**"))
+    result = cli.invoke(app, [*arguments, "--check", str(document)])
+    assert result.exit_code == 1
+    assert "**1.00**" in result.output
+    document.write_text("no markers")
+    assert cli.invoke(app, [*arguments, "--check", str(document)]).exit_code == 2
+
+
+def test_readme_agrees_with_the_store():
+    rows = store.published(store.load())
+    if not rows:
+        pytest.skip("the store is empty")
+    assert tables.difference(ROOT / "README.md", tables.markdown(rows)) == ""
+
+
+def test_stored_rows_have_a_commit_and_known_workloads():
+    for row in store.load():
+        assert row.commit != "unknown"
+        workloads.find(row.workload)
+
+
+def test_a_run_writes_rows(tmp_path):
+    arguments = ["run", "--quick", "--workload", "2x6x8", "--rank-ratio", "1", "--repeats", "2"]
+    for name in ("copy", "torch_sn", "reference"):
+        arguments += ["--provider", name]
+    result = cli.invoke(app, [*arguments, "--save", "--store", str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    rows = store.load(tmp_path)
+    times = {(r.provider, r.mode): r for r in rows if r.metric == "time_ms"}
+    assert set(times) == {
+        (name, mode)
+        for name in ("copy", "torch_sn", "reference")
+        for mode in ("forward", "forward_backward")
+    }
+    assert all(r.repeats == 2 and 0 < r.p20 <= r.p50 <= r.p80 for r in times.values())
+    assert times["copy", "forward_backward"].bytes == 5 * 2 * 6 * 8 * 4
+    ratios = {(r.provider, r.mode) for r in rows if r.metric == "time_over_copy_x"}
+    assert ratios == {key for key in times if key[0] != "copy"}
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--workload", "nothing"], ["--provider", "nobody"], ["--rank-ratio", "2"]]
+)
+def test_bad_arguments_are_refused(arguments):
+    assert cli.invoke(app, ["run", *arguments]).exit_code == 2
+
+
+def test_compare_tells_a_change_from_noise():
+    rows = [
+        make_row(),
+        make_row(commit="bbbb", p20=0.5, p50=0.6, p80=0.7),
+        make_row(mode="forward"),
+        make_row(commit="bbbb", mode="forward", p50=2.5),
+    ]
+    grid = tables.comparison(rows, "aaaa", "bbbb")
+    assert [line[-2:] for line in grid.lines] == [["1.25", "same"], ["0.30", "faster"]]
+    with pytest.raises(ValueError, match="cccc"):
+        tables.comparison(rows, "aaaa", "cccc")
+
+
+def test_plot(tmp_path):
+    rows = [make_row(metric="time_over_copy_x"), make_row(metric="share_of_step_percent")]
+    plots.overhead(rows, tmp_path / "overhead.png")
+    assert (tmp_path / "overhead.png").stat().st_size > 0
+    with pytest.raises(ValueError, match="no measurement"):
+        plots.overhead([], tmp_path / "none.png")
+
+
+@pytest.mark.parametrize("provider", models.STEP_PROVIDERS)
+def test_a_training_step_runs(provider, monkeypatch):
+    if provider == "module" and (reason := providers.PROVIDERS["module"].unavailable_reason()):
+        pytest.skip(reason)
+    small = models.Model(lambda: models.ResNetDiscriminator((8, 6), 1, True, 3), 2, 8)
+    monkeypatch.setitem(models.MODELS, "small", small)
+    models.make_step("small", provider, None if provider == "plain" else 1.0)()
