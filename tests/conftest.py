@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import srn_kernels as srn
+from srn_kernels import backends
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -26,15 +27,14 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def live_backends(device: str = "cpu") -> list:
     """Parameters for ``pytest.mark.parametrize``: every backend that can serve a device type."""
-    marks = []
+    parameters = []
     for name, reason in srn.available_backends().items():
-        if name in ("triton", "cuda") and reason is None and device == "cpu":
-            continue
-        if name in ("triton", "cuda") and device == "cpu":
+        devices = backends.load(name).DEVICES
+        if devices is not None and device not in devices:
             continue
         skip = pytest.mark.skip(reason=f"backend {name} is not live: {reason}")
-        marks.append(pytest.param(name, id=name, marks=[skip] if reason else []))
-    return marks
+        parameters.append(pytest.param(name, id=name, marks=[skip] if reason else []))
+    return parameters
 
 
 @pytest.fixture(autouse=True)

@@ -15,8 +15,6 @@ import warnings
 from collections.abc import Iterator
 from types import ModuleType
 
-import torch
-
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 _local = threading.local()
 
@@ -73,7 +71,6 @@ def _automatic(device_type: str) -> str:
     return name
 
 
-@torch.compiler.assume_constant_result
 def resolve(name: str, device_type: str) -> str:
     """The backend that serves ``name`` on a device type ("cpu", "cuda", ...)."""
     if name == "auto":
@@ -89,3 +86,7 @@ def resolve(name: str, device_type: str) -> str:
             f"got one on {device_type}"
         )
     return name
+
+
+# torch.compiler.assume_constant_result does just this, but imports all of the compiler.
+resolve._dynamo_marked_constant = True

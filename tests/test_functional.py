@@ -1,0 +1,459 @@
+"""The functional core through every backend: edge cases, validation, projection, backend choice."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import oracle
+import pytest
+import torch
+from conftest import live_backends
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracle import DTYPES, LAYOUTS, NOT_DENSE, dtype_id
+from torch import Tensor
+
+import srn_kernels as srn
+from srn_kernels.functional import stable_rank_normalize, stable_rank_project_
+
+BACKENDS = pytest.mark.parametrize("backend", live_backends())
+NARROW = [torch.float32, torch.bfloat16, torch.float16]
+
+
+class Round(NamedTuple):
+    """One layer's round: state before and after, W_hat, G and dL/dW."""
+
+    weight: Tensor
+    before: tuple[Tensor, Tensor]
+    u: Tensor
+    v: Tensor
+    out: Tensor
+    g: Tensor
+    grad: Tensor
+
+    @property
+    def moved(self) -> bool:
+        return not all(map(torch.equal, self.before, (self.u, self.v)))
+
+    def check(self, rank: float, *, iterations: int = 1, dim: int = 0, what: str = "") -> None:
+        """Against the oracle, forward and backward."""
+        pair = self.u, self.v
+        if iterations == 0:  # the round's own u and v are the state's unit vectors
+            assert not self.moved
+            pair = oracle.iterate(oracle.matrix_of(self.weight, dim), *self.before, 0)
+        layer = oracle.assert_forward(
+            self.weight, dim, self.before, rank, iterations, self.out, *pair, what=what
+        )
+        oracle.assert_gradient(layer, self.g, self.grad, dim, what)
+
+
+def run(
+    backend: str,
+    weight: Tensor,
+    rank: float,
+    *,
+    state: tuple[Tensor, Tensor] | None = None,
+    iterations: int = 1,
+    dim: int = 0,
+    out_dtype: torch.dtype | None = None,
+) -> Round:
+    u, v = state or oracle.make_state(weight, dim)
+    before = u.clone(), v.clone()
+    leaf = weight.detach().requires_grad_()
+    (out,) = stable_rank_normalize(
+        [leaf],
+        [u],
+        [v],
+        [rank],
+        n_power_iterations=max(1, iterations),
+        training=iterations > 0,
+        dims=[dim],
+        out_dtype=out_dtype,
+        backend=backend,
+    )
+    g = torch.randn(out.shape).to(out.dtype)
+    (grad,) = torch.autograd.grad(out, leaf, g)
+    return Round(weight.detach(), before, u, v, out.detach(), g, grad)
+
+
+@BACKENDS
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("layout", [*LAYOUTS, *NOT_DENSE])
+def test_every_layout_keeps_its_strides_and_agrees_with_the_oracle(backend, layout, dtype):
+    for iterations in (0, 1):
+        weight, dim = oracle.make_weight(layout, (27, 90), dtype)
+        result = run(backend, weight, 2.0, iterations=iterations, dim=dim)
+        result.check(2.0, iterations=iterations, dim=dim)
+        if layout in LAYOUTS:
+            assert result.out.stride() == weight.stride()
+            assert result.grad.stride() == weight.stride()
+
+
+# The edge-case table.
+
+
+@BACKENDS
+@pytest.mark.parametrize("shape", [(1, 7), (7, 1), (1, 1)])
+@pytest.mark.parametrize("rank", [1.0, 3.0, math.inf])
+def test_a_vector_is_only_divided_by_its_norm(backend, shape, rank):
+    result = run(backend, torch.randn(shape), rank, iterations=2)
+    result.check(rank, iterations=2)
+    expected = result.weight.double() / result.weight.double().norm()
+    # Two products and a division: a dozen roundings.
+    oracle.assert_within(result.out, expected, 12 * oracle.unit_of(torch.float32), "W_hat")
+
+
+@BACKENDS
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+def test_target_one_gives_exactly_the_outer_product_and_gradient_zero(backend, dtype):
+    result = run(backend, torch.randn(9, 20).to(dtype), 1.0)
+    assert torch.equal(result.out, torch.outer(result.u, result.v).to(dtype))
+    assert not result.grad.any()
+
+
+@BACKENDS
+def test_a_target_above_the_stable_rank_is_plain_spectral_normalisation(backend):
+    weight = torch.randn(9, 20) + 5 * torch.outer(torch.randn(9), torch.randn(20))
+    state = oracle.make_state(weight)
+    plain = run(backend, weight, math.inf, state=tuple(x.clone() for x in state))
+    assert oracle.normalized(weight.double(), plain.u, plain.v, 8.0).branch == oracle.SPECTRAL
+    reached = run(backend, weight, 8.0, state=state)
+    assert torch.equal(reached.out, plain.out)
+    reached.check(8.0)
+
+
+@BACKENDS
+@pytest.mark.parametrize("iterations", [0, 1, 3])
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("scale", [0.0, 1e-14])
+def test_a_zero_or_vanishing_weight_passes_through_and_recovers(backend, dtype, iterations, scale):
+    weight = (torch.randn(6, 10, dtype=torch.float64) * scale).to(dtype)
+    result = run(backend, weight, 2.0, iterations=iterations)
+    assert torch.equal(result.out, weight)
+    assert torch.equal(result.grad, result.g)
+    assert not result.moved
+    awake = run(
+        backend, torch.randn(6, 10).to(dtype), 2.0, state=(result.u, result.v), iterations=3
+    )
+    awake.check(2.0, iterations=3)
+    assert awake.moved
+
+
+@BACKENDS
+@pytest.mark.parametrize("iterations", [0, 1, 3])
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_non_finite_weight_shows_and_does_not_poison_the_state(backend, dtype, iterations, value):
+    # In the vectorised part of a row, and in its end; the first row block and the last.
+    for row, column in ((0, 0), (12, 36), (3, 20)):
+        weight = torch.randn(13, 37).to(dtype)
+        weight[row, column] = value
+        result = run(backend, weight, 2.0, iterations=iterations)
+        assert not result.out.isfinite().any()
+        assert not result.moved
+        weight[row, column] = 0.5
+        run(backend, weight, 2.0, state=(result.u, result.v), iterations=3).check(2.0, iterations=3)
+
+
+@BACKENDS
+@pytest.mark.parametrize("iterations", [0, 1, 2])
+@pytest.mark.parametrize("scale", [1e-11, 1e-6, 1e3, 1e9, 1e12, 1e15, 1e18])
+def test_float32_weights_of_any_scale_are_normalised_finitely_and_right(backend, scale, iterations):
+    for shape in ((27, 63), (40, 1500)):
+        for rank in (1.0, 2.5, math.inf):
+            weight = torch.randn(shape) * scale
+            result = run(backend, weight, rank, iterations=iterations)
+            assert result.out.isfinite().all()
+            assert result.grad.isfinite().all()
+            result.check(rank, iterations=iterations, what=f"{shape}, rank {rank}")
+
+
+@BACKENDS
+@pytest.mark.parametrize("order", ["ascending", "descending", "shuffled", "columns"])
+@pytest.mark.parametrize("powers", [(-12, 12), (-11, 18)], ids=str)
+def test_rows_of_very_different_scales_in_one_matrix(backend, order, powers):
+    rows, columns = 100, 150
+    scales = torch.logspace(*powers, rows)
+    scales = {
+        "ascending": scales,
+        "descending": scales.flip(0),
+        "shuffled": scales[torch.randperm(rows)],
+        "columns": torch.logspace(*powers, columns),
+    }[order]
+    weight = torch.randn(rows, columns) * (scales if order == "columns" else scales[:, None])
+    for rank in (1.2, math.inf):
+        for iterations in (0, 1, 2):
+            result = run(backend, weight, rank, iterations=iterations)
+            result.check(rank, iterations=iterations, what=f"rank {rank}, {iterations}")
+
+
+@BACKENDS
+@pytest.mark.parametrize("shrink", [(1.0, 0.3), (0.02, 1.0), (0.7, 0.6), (50.0, 3.0)])
+@pytest.mark.parametrize("rank", [2.0, math.inf])
+def test_evaluation_uses_unit_vectors_when_an_average_has_shrunk_them(backend, shrink, rank):
+    weight = torch.randn(13, 37)
+    u, v = oracle.make_state(weight)
+    result = run(backend, weight, rank, state=(u * shrink[0], v * shrink[1]), iterations=0)
+    result.check(rank, iterations=0)
+
+
+@BACKENDS
+@pytest.mark.parametrize("rank", [2.0, math.inf])
+def test_a_negative_sigma_in_evaluation_negates_u_for_the_round_only(backend, rank):
+    weight = torch.randn(13, 37)
+    u, v = oracle.iterate(weight.double(), *oracle.make_state(weight), 2)
+    pairs = [(u.float(), v.float()), (-u.float(), v.float()), (u.float(), -v.float())]
+    results = [run(backend, weight, rank, state=pair, iterations=0) for pair in pairs]
+    for result in results:
+        result.check(rank, iterations=0)
+        bound = 4 * oracle.unit_of(torch.float32)
+        oracle.assert_within(result.out, results[0].out.double(), bound, "W_hat")
+        assert not result.moved
+
+
+@BACKENDS
+@pytest.mark.parametrize("iterations", [0, 1, 4])
+@pytest.mark.parametrize("rank", [1.0, 1.5, 4.0])
+def test_before_convergence_the_frobenius_norm_is_exact_and_the_stable_rank_bounded(
+    backend, rank, iterations
+):
+    for layout in ("linear", "conv-transpose"):
+        weight, dim = oracle.make_weight(layout, (30, 63), torch.float64)
+        w = oracle.matrix_of(weight, dim)
+        result = run(backend, weight, rank, iterations=iterations, dim=dim)
+        w_hat = oracle.matrix_of(result.out, dim)
+        singular = torch.linalg.svdvals(w_hat)
+        # q up to |W|_F^2 / sigma^2, whose error is a few hundred roundings.
+        u, v = (oracle.iterate(w, *result.before, 0)) if iterations == 0 else (result.u, result.v)
+        loose = 1e3 * oracle.unit_of(torch.float64) * float(w.norm() / abs(u @ w @ v)) ** 2
+        assert oracle.normalized(w, u, v, rank).branch == oracle.STABLE_RANK
+        assert abs(float(w_hat.square().sum()) - rank) <= loose * rank
+        assert float(w_hat.square().sum() / singular[0] ** 2) <= rank * (1 + loose)
+        assert float(singular[0]) >= 1 - loose
+        if iterations == 4:  # close to the top pair by now
+            assert float(singular[0]) <= 1.2
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    rows=st.integers(1, 40),
+    columns=st.integers(1, 130),
+    exponent=st.integers(-6, 12),
+    fraction=st.sampled_from([0.0, 0.1, 0.4, 0.8, math.inf]),
+    dtype=st.sampled_from(DTYPES),
+    layout=st.sampled_from(sorted(LAYOUTS)),
+    iterations=st.integers(0, 3),
+    seed=st.integers(0, 2**31),
+)
+@BACKENDS
+def test_any_layer_agrees_with_the_oracle(
+    backend, rows, columns, exponent, fraction, dtype, layout, iterations, seed
+):
+    torch.manual_seed(seed)
+    weight, dim = oracle.make_weight(layout, (rows, columns), torch.float64)
+    # 16-bit weights keep a scale that float16 can hold.
+    scale = 10.0**exponent if dtype in (torch.float32, torch.float64) else 2.0 ** (exponent / 3)
+    weight = (weight * scale).to(dtype)
+    rank = max(1.0, fraction * min(rows, columns)) if fraction < math.inf else math.inf
+    if min(rows, columns) == 1:
+        rank = math.inf
+    result = run(backend, weight, rank, iterations=iterations, dim=dim)
+    w = oracle.matrix_of(weight, dim)
+    pair = (result.u, result.v) if iterations else oracle.iterate(w, *result.before, 0)
+    layer = oracle.normalized(w, *pair, rank)
+    bounds = oracle.Bounds(layer, oracle.unit_of(result.u.dtype))
+    if abs(layer.q - (rank - 1)) <= bounds.q:
+        return  # either branch is right, and their gradients differ
+    result.check(rank, iterations=iterations, dim=dim)
+
+
+# Several layers in one call.
+
+
+@BACKENDS
+def test_float64_float32_and_16_bit_and_empty_weights_share_a_call(backend):
+    dtypes = [torch.float64, torch.float32, torch.bfloat16, torch.float64, torch.float16]
+    weights = [torch.randn(7 + i, 20 - i).to(d) for i, d in enumerate(dtypes)]
+    states = [oracle.make_state(w) for w in weights]
+    before = [(u.clone(), v.clone()) for u, v in states]
+    empty = [(0, 4), (3, 0)]
+    leaves = [w.requires_grad_() for w in weights] + [torch.zeros(s) for s in empty]
+    us = [u for u, _ in states] + [torch.zeros(r) for r, _ in empty]
+    vs = [v for _, v in states] + [torch.zeros(c) for _, c in empty]
+    outs = stable_rank_normalize(leaves, us, vs, [2.0] * 7, backend=backend)
+    assert [o.dtype for o in outs] == [*dtypes, torch.float32, torch.float32]
+    assert [tuple(o.shape) for o in outs[5:]] == empty
+    grads = [torch.randn_like(o) for o in outs[:5]]
+    results = torch.autograd.grad(outs[:5], weights, grads)
+    for i, weight in enumerate(weights):
+        what = f"weights[{i}]"
+        layer = oracle.assert_forward(weight, 0, before[i], 2.0, 1, outs[i], us[i], vs[i])
+        oracle.assert_gradient(layer, grads[i], results[i], 0, what)
+    assert stable_rank_normalize([], [], [], [], backend=backend) == []
+
+
+# Projection.
+
+
+@BACKENDS
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("layout", [*LAYOUTS, "slice", "transposed-slice"])
+def test_projecting_a_parameter_equals_normalising_it(backend, layout, dtype, training):
+    weight, dim = oracle.make_weight(layout, (27, 90), dtype)
+    (u, v), parameter = oracle.make_state(weight, dim), torch.nn.Parameter(weight)
+    twin = u.clone(), v.clone()
+    keywords = {"dims": [dim], "training": training, "backend": backend}
+    (expected,) = stable_rank_normalize([parameter], [u], [v], [2.0], **keywords)
+    expected = expected.detach()
+    versions = [t._version for t in (parameter, *twin)]
+    assert torch.is_grad_enabled()
+    result = stable_rank_project_([parameter], [twin[0]], [twin[1]], [2.0], **keywords)
+    assert result is None
+    assert torch.equal(parameter, expected)
+    assert all(map(torch.equal, twin, (u, v)))
+    moved = [t._version > n for t, n in zip((parameter, *twin), versions, strict=True)]
+    assert moved == [True, training, training]
+    assert parameter.is_leaf
+    assert parameter.grad_fn is None
+
+
+@BACKENDS
+def test_projection_under_a_graph_that_saved_the_weight_is_noticed(backend):
+    parameter = torch.nn.Parameter(torch.randn(4, 6))
+    u, v = oracle.make_state(parameter)
+    loss = parameter.square().sum()
+    stable_rank_project_([parameter], [u], [v], [2.0], backend=backend)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@BACKENDS
+def test_projection_works_on_inference_tensors(backend):
+    with torch.inference_mode():
+        weight = torch.randn(4, 6)
+        u, v = oracle.make_state(weight)
+        expected = stable_rank_normalize(
+            [weight], [u.clone()], [v.clone()], [2.0], backend=backend
+        )[0]
+        stable_rank_project_([weight], [u], [v], [2.0], backend=backend)
+        assert torch.equal(weight, expected)
+
+
+# Validation.
+
+GOOD = {
+    "weights": lambda: [torch.randn(3, 5), torch.randn(4, 6)],
+    "us": lambda: [torch.ones(3) / 3**0.5, torch.ones(4) / 2],
+    "vs": lambda: [torch.ones(5) / 5**0.5, torch.ones(6) / 6**0.5],
+    "target_ranks": lambda: [2.0, 2.0],
+}
+
+
+def second(argument: str, value: object) -> dict[str, object]:
+    """A call whose second layer alone is wrong."""
+    return {argument: [GOOD[argument]()[0], value]}
+
+
+INVALID = {
+    "weights-int": (
+        second("weights", torch.ones(4, 6, dtype=torch.int32)),
+        TypeError,
+        r"weights\[1\].*int32",
+    ),
+    "weights-complex": (
+        second("weights", torch.ones(4, 6, dtype=torch.complex64)),
+        TypeError,
+        r"weights\[1\].*complex64",
+    ),
+    "weights-no-tensor": (second("weights", "w"), TypeError, r"weights\[1\].*str"),
+    "weights-1d": (second("weights", torch.ones(4)), ValueError, r"weights\[1\].*\(4,\)"),
+    "us-count": ({"us": [torch.ones(3)]}, ValueError, r"us must have one entry.*1 for 2"),
+    "us-shape": (second("us", torch.ones(3)), ValueError, r"us\[1\].*\(4,\).*\(4, 6\).*\(3,\)"),
+    "us-2d": (second("us", torch.ones(4, 1)), ValueError, r"us\[1\].*got \(4, 1\)"),
+    "us-dtype": (second("us", torch.ones(4).double()), TypeError, r"us\[1\].*float32.*float64"),
+    "us-no-tensor": (second("us", [1.0] * 4), TypeError, r"us\[1\].*list"),
+    "us-strided": (second("us", torch.ones(8)[::2]), ValueError, r"us\[1\] must be contiguous"),
+    "us-grad": (
+        second("us", torch.ones(4, requires_grad=True)),
+        ValueError,
+        r"us\[1\].*gradient",
+    ),
+    "us-device": (second("us", torch.ones(4, device="meta")), ValueError, r"us\[1\].*meta.*cpu"),
+    "vs-count": ({"vs": []}, ValueError, r"vs must have one entry.*0 for 2"),
+    "vs-shape": (second("vs", torch.ones(7)), ValueError, r"vs\[1\].*\(6,\).*\(7,\)"),
+    "vs-dtype": (second("vs", torch.ones(6).half()), TypeError, r"vs\[1\].*float32.*float16"),
+    "ranks-count": ({"target_ranks": [2.0]}, ValueError, r"target_ranks must have one entry"),
+    "rank-low": (second("target_ranks", 0.5), ValueError, r"target_ranks\[1\].*0\.5"),
+    "rank-nan": (second("target_ranks", math.nan), ValueError, r"target_ranks\[1\].*nan"),
+    "rank-text": (
+        second("target_ranks", "all"),
+        (TypeError, ValueError),
+        r"target_ranks\[1\].*all",
+    ),
+    "rank-none": (second("target_ranks", None), (TypeError, ValueError), r"target_ranks\[1\].*No"),
+    "iterations-0": ({"n_power_iterations": 0}, ValueError, r"n_power_iterations.*0"),
+    "iterations-half": ({"n_power_iterations": 0.5}, TypeError, r"n_power_iterations.*0\.5"),
+    "iterations-bool": ({"n_power_iterations": True}, TypeError, r"n_power_iterations.*True"),
+    "eps-negative": ({"eps": -1e-3}, ValueError, r"eps.*-0\.001"),
+    "eps-nan": ({"eps": math.nan}, ValueError, r"eps.*nan"),
+    "eps-inf": ({"eps": math.inf}, ValueError, r"eps.*inf"),
+    "eps-text": ({"eps": "small"}, TypeError, r"eps.*small"),
+    "dims-count": ({"dims": [0]}, ValueError, r"dims must have one entry.*1 for 2"),
+    "dims-range": ({"dims": [0, 2]}, ValueError, r"dims\[1\] = 2.*\(4, 6\)"),
+    "dims-text": ({"dims": [0, "rows"]}, (TypeError, ValueError), r"dims\[1\].*rows"),
+    "dims-half": ({"dims": [0, 0.5]}, (TypeError, ValueError), r"dims\[1\].*0\.5"),
+    "backend-unknown": ({"backend": "gpu"}, ValueError, r"backend.*'gpu'"),
+    "backend-type": ({"backend": None}, ValueError, r"backend.*None"),
+}
+INVALID_NORMALIZE = {
+    "out_dtype-int": ({"out_dtype": torch.int8}, TypeError, r"out_dtype.*int8"),
+    "out_dtype-float64": ({"out_dtype": torch.float64}, ValueError, r"out_dtype float64.*\[0\]"),
+    "gradient": ({"gradient": "nearest"}, ValueError, r"gradient.*'nearest'"),
+}
+
+
+def refuse(call: object, changed: dict[str, object], error: object, message: str) -> None:
+    arguments = {**{name: make() for name, make in GOOD.items()}, **changed}
+    tensors = [t for x in arguments.values() if isinstance(x, list) for t in x]
+    tensors = [t for t in tensors if isinstance(t, Tensor) and t.device.type == "cpu"]
+    before = [(t.detach().clone(), t._version) for t in tensors]
+    with pytest.raises(error, match=message):
+        call(**arguments)
+    for tensor, (value, version) in zip(tensors, before, strict=True):
+        assert torch.equal(tensor, value)
+        assert tensor._version == version
+
+
+@pytest.mark.parametrize("case", INVALID)
+@pytest.mark.parametrize("call", [stable_rank_normalize, stable_rank_project_])
+def test_a_wrong_argument_is_named_with_its_value_and_nothing_changes(call, case):
+    refuse(call, *INVALID[case])
+
+
+@pytest.mark.parametrize("case", INVALID_NORMALIZE)
+def test_a_wrong_argument_of_normalize_is_named_and_nothing_changes(case):
+    refuse(stable_rank_normalize, *INVALID_NORMALIZE[case])
+
+
+@pytest.mark.parametrize("case", [c for c in INVALID if not c.startswith("backend")])
+@pytest.mark.parametrize(
+    "call", [srn.reference.stable_rank_normalize, srn.reference.stable_rank_project_]
+)
+def test_the_reference_functions_check_the_same_arguments(call, case):
+    refuse(call, *INVALID[case])
+
+
+OVERLAPPING = {
+    "expanded": torch.randn(1, 6).expand(4, 6),
+    "sliding": torch.randn(9).unfold(0, 6, 1),
+}
+
+
+@pytest.mark.parametrize("kind", OVERLAPPING)
+def test_a_weight_that_overlaps_itself_is_read_but_not_overwritten(kind):
+    weight = OVERLAPPING[kind]
+    u, v = oracle.make_state(weight)
+    refuse(stable_rank_project_, second("weights", weight), ValueError, r"weights\[1\]")
+    stable_rank_normalize([weight], [u], [v], [2.0])
