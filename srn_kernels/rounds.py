@@ -30,6 +30,12 @@ from srn_kernels.state import (
 ROUND = "_srn_round"  # root.__dict__[ROUND]: its Round
 READERS = "_srn_reads"  # module.__dict__[READERS]: children whose weights it reads itself
 
+_TRACED = "_srn_traced"  # module.__dict__[_TRACED]: what a traced call of it has to undo
+_REPLICA = (
+    "nn.DataParallel is not supported: its replicas would run on raw weights; use "
+    "DistributedDataParallel"
+)
+
 _lock = threading.RLock()
 
 
@@ -316,10 +322,7 @@ def _edges(
 
 def _root_enter(root: nn.Module, args: Any) -> None:
     if getattr(root, "_is_replica", False):
-        raise RuntimeError(
-            "nn.DataParallel is not supported: its replicas would run on raw weights; use "
-            "DistributedDataParallel"
-        )
+        raise RuntimeError(_REPLICA)
     this: Round = root.__dict__[ROUND]
     if torch.compiler.is_compiling():
         this.traced = _enter_traced(this.entries)
@@ -347,26 +350,27 @@ def _own_entries(module: nn.Module) -> list[NormalizedWeight]:
 
 
 def _layer_enter(module: nn.Module, args: Any) -> None:
+    for entry in module.__dict__.get(KEY, {}).values():
+        active = entry.active
+        if active is None or active.root is module or active.shared:
+            break
+        if active.thread != threading.get_ident():
+            break
+    else:
+        if READERS not in module.__dict__:
+            return  # inside a round, the usual case
+    entries = _own_entries(module)
     if torch.compiler.is_compiling():
-        module.__dict__["_srn_traced"] = _enter_traced(_own_entries(module))
+        module.__dict__[_TRACED] = _enter_traced(entries)
         return
     if getattr(module, "_is_replica", False):
-        raise RuntimeError(
-            "nn.DataParallel is not supported: its replicas would run on raw weights; use "
-            "DistributedDataParallel"
-        )
-    entries = _own_entries(module)
-    me = threading.get_ident()
-    for entry in entries:
-        active = entry.active
-        if active is None or active.thread != me or active.shared or active.root is module:
-            begin(module, module, entries)
-            return
+        raise RuntimeError(_REPLICA)
+    begin(module, module, entries)
 
 
 def _layer_exit(module: nn.Module, args: Any, output: Any) -> None:
-    if torch.compiler.is_compiling():
-        for entry in module.__dict__.pop("_srn_traced", ()):
+    if _TRACED in module.__dict__:
+        for entry in module.__dict__.pop(_TRACED):
             _unshadow(entry)
         return
     end(module)
