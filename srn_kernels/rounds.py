@@ -150,7 +150,7 @@ def begin(root: object, module: nn.Module, entries: Sequence[NormalizedWeight]) 
     me = threading.get_ident()
     with _lock:
         found = {id(e.active): e.active for e in entries if e.active is not None}
-        for activation in list(found.values()):
+        for activation in found.values():
             if activation.thread != me:
                 continue
             if activation.root is root and not activation.shared and not _is_running(module):

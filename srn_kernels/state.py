@@ -80,6 +80,7 @@ class NormalizedWeight:
         self.settings = settings
         self.label = label  # for messages, and the seed of u and v
         self.sites: list[tuple[nn.Module, str]] = [(module, name)]
+        self.u_name, self.v_name = name + "_u", name + "_v"  # buffers of the first site
         self.owner: Owner | None = None
         self.stale = True  # u and v do not belong to the present weight
         self.unset = True  # u and v hold no numbers yet
@@ -113,16 +114,16 @@ class NormalizedWeight:
 
     @property
     def u(self) -> Tensor:
-        module, name = self.sites[0]
-        return module._buffers[name + "_u"]
+        return self.sites[0][0]._buffers[self.u_name]
 
     @property
     def v(self) -> Tensor:
-        module, name = self.sites[0]
-        return module._buffers[name + "_v"]
+        return self.sites[0][0]._buffers[self.v_name]
 
     @property
     def training(self) -> bool:
+        if len(self.sites) == 1:
+            return self.sites[0][0].training
         return any(module.training for module, _ in self.sites)
 
     def trainable(self) -> bool:
@@ -226,8 +227,6 @@ class LayerConstants:
 
 
 def _constants(entry: NormalizedWeight, weight: Tensor) -> LayerConstants:
-    if torch.compiler.is_compiling():
-        return LayerConstants(entry, weight)
     known = entry.constants
     if known is None or known.settings is not entry.settings or known.shape != weight.shape:
         known = entry.constants = LayerConstants(entry, weight)
@@ -277,16 +276,6 @@ def _matrix(weight: Tensor) -> Tensor:
     return weight if is_dense(weight) else weight.contiguous()
 
 
-def _groups(entries: Sequence[NormalizedWeight]) -> list[tuple[torch.device, str, list[int]]]:
-    """Entries that one op call can take: one device, one state dtype, one backend."""
-    groups: dict[Any, list[int]] = {}
-    for i, entry in enumerate(entries):
-        weight = entry.weight
-        key = (weight.device, weight.dtype == torch.float64, entry.settings.backend)
-        groups.setdefault(key, []).append(i)
-    return [(device, backend, group) for (device, _, backend), group in groups.items()]
-
-
 def normalize_entries(
     entries: Sequence[NormalizedWeight],
     iterations: Sequence[int],
@@ -297,22 +286,31 @@ def normalize_entries(
 
     ``state`` replaces the entries' own u, v; ``record`` keeps what a recomputation needs.
     """
+    compiling = torch.compiler.is_compiling()
+    constants, plan_for = (LayerConstants, _build_plan) if compiling else (_constants, _cached_plan)
+    weights = [module._parameters[name] for module, name in [e.sites[0] for e in entries]]
+    refuse_batched(weights)
+    # One call takes one device, one state dtype and one backend.
+    groups: dict[Any, list[int]] = {}
+    for i, weight in enumerate(weights):
+        key = weight.device, weight.dtype == torch.float64, entries[i].settings.backend
+        groups.setdefault(key, []).append(i)
     outs: list[Any] = [None] * len(entries)
-    for device, backend, group in _groups(entries):
+    for (device, _, backend), group in groups.items():
         chosen = [entries[i] for i in group]
-        raw = [e.weight for e in chosen]
-        refuse_batched(raw)
-        pairs = [(e.u, e.v) for e in chosen] if state is None else [state[i] for i in group]
-        plan = (_build_plan if torch.compiler.is_compiling() else _cached_plan)(
-            tuple([_constants(e, w) for e, w in zip(chosen, raw, strict=True)]),
+        raw = [weights[i] for i in group]
+        plan = plan_for(
+            tuple([constants(e, w) for e, w in zip(chosen, raw, strict=True)]),
             tuple([iterations[i] for i in group]),
             _out_dtypes(chosen, raw, device.type),
             backends.resolve(backend, device.type),
         )
+        if state is None:
+            us, vs = [e.u for e in chosen], [e.v for e in chosen]
+        else:
+            us, vs = zip(*[state[i] for i in group], strict=True)
         kept = RoundRecord(plan, chosen) if record else None
-        results = run_round(
-            plan, kept, *map(_matrix, raw), *[u for u, _ in pairs], *[v for _, v in pairs]
-        )
+        results = run_round(plan, kept, *[_matrix(w) for w in raw], *us, *vs)
         for place, i in enumerate(group):
             out = results[place]
             outs[i] = out.squeeze(0) if raw[place].dim() == 1 else out
