@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from torch import nn
-
 from srn_lab.elhist import PairKind, Slopes, draw_pairs, slopes
+from torch import nn
 
 
 class Linear(nn.Module):

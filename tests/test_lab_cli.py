@@ -1,0 +1,121 @@
+"""The commands write what they print, and refuse bad options with exit code 2."""
+
+import json
+
+import pytest
+import torch
+from srn_lab.cli import app
+from typer.testing import CliRunner
+
+PNG = b"\x89PNG\r\n\x1a\n"
+TINY = "--width 4 --n-dis 1 --steps 3"
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """The work is tiny, and on a busy machine a second thread mostly waits for its turn."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def invoke(arguments, *paths):
+    return CliRunner().invoke(app, [*arguments.split(), *map(str, paths)])
+
+
+def is_picture(path):
+    return path.read_bytes().startswith(PNG) and path.stat().st_size > 5000
+
+
+def test_train_then_elhist(tmp_path):
+    checkpoints = []
+    for norm in ("sn", "srn"):
+        out = tmp_path / norm
+        options = f"train --norm {norm} --rank-ratio 0.5 --batch-size 8 --latent 4 {TINY} --out"
+        result = invoke(options, out)
+        assert result.exit_code == 0, result.output
+        history = json.loads((out / "history.json").read_text())
+        assert history["config"]["norm"] == norm
+        assert [record["step"] for record in history["history"]["steps"]] == [1, 2, 3]
+        assert [record["step"] for record in history["history"]["spectra"]] == [0, 3]
+        assert is_picture(out / "samples.png")
+        checkpoints.append(out / "checkpoint.pt")
+        assert str(checkpoints[-1]) in result.output
+
+    out = tmp_path / "elhist"
+    result = invoke("elhist --pairs 50 --kind real-fake", *checkpoints, "--out", out)
+    assert result.exit_code == 0, result.output
+    assert is_picture(out / "elhist.png")
+    runs = json.loads((out / "elhist.json").read_text())["runs"]
+    assert list(runs) == ["SN", "SRN-50"]
+    for run in runs.values():
+        slopes = run["elhist"]["real-fake"]
+        assert slopes["pairs"] == 50
+        assert 0 < slopes["median_slope"] < slopes["percentile_95_slope"] <= slopes["max_slope"]
+
+
+def test_demo_writes_every_file_it_lists(tmp_path):
+    result = invoke(f"demo {TINY} --num-feat 4 --repeats 2 --rank-ratio 0.2 --out", tmp_path)
+    assert result.exit_code == 0, result.output
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    files = {name: tmp_path / path for name, path in metrics["files"].items()}
+    assert all(str(path) in result.output for path in files.values())
+    for name in ("samples", "elhist", "stable_rank", "overhead"):
+        assert is_picture(files[name])
+    assert metrics["environment"]["packages"]["torch"] == torch.__version__
+    parts = metrics["wall"]
+    assert sum(parts.values()) - parts["total_s"] == pytest.approx(parts["total_s"], rel=0.1)
+
+    assert set(metrics["conversion"]) == {"legacy", "parametrization"}
+    for conversion in metrics["conversion"].values():
+        assert conversion["normalised_layers"] == 8
+        assert conversion["max_abs_output_difference"] <= 1e-5 * conversion["max_abs_output"]
+
+    sn, constrained = metrics["runs"]["SN"], metrics["runs"]["SRN-20"]
+    assert sn["srn_active"]["at_start"] == sn["srn_active"]["at_end"] == []
+    # With four feature maps every bound is 1, below any matrix of two or more rows and columns.
+    matrices = [r["layer"] for r in constrained["layers"] if min(r["rows"], r["columns"]) > 1]
+    active = constrained["srn_active"]
+    assert active["at_start"] == active["at_end"] == matrices
+    assert {k for k, v in active["fraction_of_records"].items() if v == 1} == set(matrices)
+    assert set(active["fraction_of_records"].values()) == {0, 1}
+    assert all(r["stable_rank"] == pytest.approx(1, rel=1e-4) for r in constrained["layers"])
+
+
+def test_overhead_times_one_style(tmp_path):
+    options = "overhead --style legacy --num-feat 4 --size 16 --repeats 3 --out"
+    result = invoke(options, tmp_path)
+    assert result.exit_code == 0, result.output
+    assert is_picture(tmp_path / "overhead.png")
+    conversion = json.loads((tmp_path / "overhead.json").read_text())["conversion"]
+    assert list(conversion) == ["legacy"]
+    step = conversion["legacy"]["step"]
+    assert set(step) == {"plain", "torch", "converted"}
+    assert all(0 < s["p25_ms"] <= s["median_ms"] <= s["p75_ms"] for s in step.values())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("train --norm batch", "'batch' is not one of"),
+        ("train --rank-ratio 0", "must be above 0 and at most 1"),
+        ("train --resolution 12", "must be one of 8, 16, 32"),
+        ("train --steps 0", "Invalid value for '--steps'"),
+        ("demo --rank-ratio 1.5", "must be above 0 and at most 1"),
+        ("overhead --size 20", "must be a positive multiple of 8"),
+        ("elhist missing.pt", "'missing.pt' does not exist"),
+    ],
+)
+def test_bad_options_exit_with_2_and_say_why(arguments, message):
+    result = invoke(arguments)
+    assert result.exit_code == 2
+    assert message in " ".join(result.output.replace("│", " ").split())
+
+
+def test_elhist_refuses_a_file_that_is_no_checkpoint(tmp_path):
+    other = tmp_path / "other.pt"
+    torch.save({"weights": torch.ones(2)}, other)
+    result = invoke("elhist", other)
+    assert result.exit_code == 2
+    assert "is not a srn_lab checkpoint" in " ".join(result.output.replace("│", " ").split())
