@@ -54,7 +54,7 @@ struct Slabs {
 
 constexpr int64_t kSlabBytes = 256 << 10;
 constexpr int64_t kMaxSlabs = 96;
-constexpr int64_t kStreamBytes = 8 << 20;  // outputs of a call beyond this leave the cache anyway
+constexpr int64_t kStreamBytes = 8 << 20;   // outputs of a call beyond this leave the cache anyway
 constexpr int64_t kWholeBytes = 192 << 10;  // a layer up to here is one tile of one thread
 
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
