@@ -1,6 +1,6 @@
 # make demo   sets everything up and runs the main job (pictures and metrics.json under out/)
 # make test   sets everything up and passes the tests
-# make bench  the CPU benchmark suite
+# make bench  the CPU benchmark suite, 10 minutes; BENCH_ARGS=--quick for a minute, --save to keep rows
 #
 # PYTHON chooses the interpreter of the virtual environment, TORCH the requirement for torch.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -11,11 +13,12 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks import store, suite, tables, workloads
+from benchmarks import growth, store, suite, tables, workloads
 from benchmarks.providers import PROVIDERS
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
 console = Console()
+ROOT = Path(__file__).parent.parent
 
 Folder = Annotated[Path, typer.Option("--store", help="Folder of the stored rows.")]
 Names = list[str] | None
@@ -32,7 +35,7 @@ def _options(
             providers=quickly,
             modes=("forward", "forward_backward"),
             repeats=10,
-            budget=1.0,
+            budget=0.3,
         )
     for flag, names, known in (
         ("--provider", providers, tuple(PROVIDERS)),
@@ -51,6 +54,32 @@ def _options(
     if repeats:
         options = replace(options, repeats=repeats)
     return options
+
+
+@contextlib.contextmanager
+def _watched(total: int) -> Iterator[suite.Watcher]:
+    """A progress bar of this many steps; the exit status is 1 if anything failed."""
+    columns = (
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.description}"),
+    )
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("", total=total)
+        watcher = suite.Watcher(
+            say=lambda text: progress.update(task, description=text),
+            advance=lambda: progress.advance(task),
+            complain=lambda text: progress.console.print(f"[red]{text}[/red]"),
+        )
+        yield watcher
+    if watcher.failures:
+        raise typer.Exit(1)
+
+
+def _warn_of_load(load: float) -> None:
+    if load > 0.5:
+        console.print(f"[yellow]load average {load} at the start: expect noise[/yellow]")
 
 
 @app.command()
@@ -75,20 +104,8 @@ def run(
     if threads:
         torch.set_num_threads(threads)
     base = store.environment()
-    columns = (
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.description}"),
-    )
     rows: list[store.Row] = []
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("", total=suite.count_steps(names, options))
-        watcher = suite.Watcher(
-            say=lambda text: progress.update(task, description=text),
-            advance=lambda: progress.advance(task),
-            complain=lambda text: progress.console.print(f"[red]{text}[/red]"),
-        )
+    with _watched(suite.count_steps(names, options)) as watcher:
         for item in chosen:
             found = []
             for part in (suite.run_matrices, suite.run_step):
@@ -97,56 +114,72 @@ def run(
                 except MemoryError as error:
                     watcher.fail(str(error))
             if save:
-                store.append(found, folder / "cpu.jsonl")
+                store.append(found, folder / store.ROUNDS)
             rows += found
-    for grid in tables.grids(rows):
-        console.print(grid.rich())
-    console.print(tables.caption(rows) if rows else "nothing was measured", highlight=False)
-    if base.load > 0.5:
-        console.print(f"[yellow]load average {base.load} at the start: expect noise[/yellow]")
-    if watcher.failures:
-        raise typer.Exit(1)
+        for grid in tables.grids(rows):
+            console.print(grid.rich())
+        console.print(tables.caption(rows) if rows else "nothing was measured", highlight=False)
+        _warn_of_load(base.load)
 
 
 @app.command()
-def table(
-    write: Annotated[Path | None, typer.Option(help="Put the tables into this file.")] = None,
-    check: Annotated[Path | None, typer.Option(help="Fail if this file disagrees.")] = None,
+def grow(
+    repeats: Annotated[int, typer.Option(min=1)] = 15,
+    save: Annotated[bool, typer.Option("--save", help="Append the rows to the store.")] = False,
     folder: Folder = store.RESULTS,
 ) -> None:
-    """Markdown tables of the newest rows, for the terminal or between a document's markers."""
-    block = tables.markdown(store.published(store.load(folder)))
-    try:
-        if check:
-            if difference := tables.difference(check, block):
-                typer.echo(difference)
-                raise typer.Exit(1)
-        elif write:
-            write.write_text(tables.replaced(write.read_text(), block))
-        else:
-            typer.echo(block)
-    except (OSError, ValueError) as error:
-        raise typer.BadParameter(str(error)) from error
+    """Measure how the cost grows with parameters, layers, power iterations and threads."""
+    options = replace(suite.Options(), repeats=repeats, budget=0.5)
+    base = store.environment()
+    with _watched(repeats * len(list(growth.points(torch.get_num_threads())))) as watcher:
+        rows = growth.run(options, base, watcher)
+        if save:
+            store.append(rows, folder / store.CURVES)
+        for grid in tables.curves(rows):
+            console.print(grid.rich())
+        _warn_of_load(base.load)
 
 
 @app.command()
-def plot(out: Path, folder: Folder = store.RESULTS) -> None:
-    """Draw the newest rows into OUT (png, svg or pdf)."""
+def table(folder: Folder = store.RESULTS) -> None:
+    """All tables of the last runs, in Markdown."""
+    typer.echo(tables.markdown(store.published(store.load(folder))))
+
+
+@app.command()
+def publish(
+    check: Annotated[bool, typer.Option("--check", help="Fail if a document disagrees.")] = False,
+    root: Annotated[Path, typer.Option(help="Folder of the documents.")] = ROOT,
+    folder: Folder = store.RESULTS,
+) -> None:
+    """Bring README.md, docs/benchmarks.md and their pictures to what the store says."""
+    rows = store.published(store.load(folder))
+    grown = store.of_last_runs(store.load(folder, store.CURVES))
+    wrong = []
+    for name, block in tables.documents(rows, grown).items():
+        try:
+            if difference := tables.difference(root / name, block):
+                wrong.append(difference)
+                if not check:
+                    (root / name).write_text(tables.replaced((root / name).read_text(), block))
+        except (OSError, ValueError) as error:
+            raise typer.BadParameter(str(error)) from error
+    if check:
+        for difference in wrong:
+            typer.echo(difference)
+        raise typer.Exit(1 if wrong else 0)
     from benchmarks import plots
 
-    try:
-        plots.overhead(store.published(store.load(folder)), out)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
-    console.print(f"wrote {out}")
+    plots.draw_all(rows, grown, root / "docs")
+    console.print("the documents and pictures are those of the store")
 
 
 @app.command()
 def compare(before: str, after: str, folder: Folder = store.RESULTS) -> None:
-    """The times of two commits, side by side; a change counts where the spreads do not overlap."""
-    rows = store.load(folder)
+    """The times of two runs, each named by its commit or its date; a change counts where the
+    spreads do not overlap."""
     try:
-        console.print(tables.comparison(rows, before, after).rich())
+        console.print(tables.comparison(store.load(folder), before, after).rich())
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
 

@@ -1,16 +1,13 @@
-"""Whole discriminators with their real forward, and the training step that is timed."""
+"""Whole models with their real forward; steps.py trains them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import itertools
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.parametrizations import spectral_norm
-
-import srn_kernels as srn
 
 
 class ResidualBlock(nn.Module):
@@ -115,71 +112,172 @@ class UNetDiscriminator(nn.Module):
         return self.last(x)
 
 
-@dataclass(frozen=True)
-class Model:
-    """A workload's discriminator and the images of one step."""
+class ConditionalBatchNorm(nn.Module):
+    """Batch normalisation whose gain and bias are linear in a condition."""
 
-    make: Callable[[], nn.Module]
-    batch: int
-    resolution: int
+    def __init__(self, channels: int, condition: int) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(channels, affine=False)
+        self.gain = nn.Linear(condition, channels, bias=False)
+        self.bias = nn.Linear(condition, channels, bias=False)
 
-
-MODELS = {
-    "sngan_cifar_resnet_D": Model(lambda: ResNetDiscriminator((128,) * 4, 2), 16, 32),
-    "real_esrgan_unet_D": Model(UNetDiscriminator, 2, 64),
-    "biggan_128_D_ch96": Model(
-        lambda: ResNetDiscriminator(
-            (96, 192, 384, 768, 1536, 1536), 5, attention=True, classes=1000
-        ),
-        2,
-        128,
-    ),
-}
-NORMALIZED_TYPES = (nn.Linear, nn.Conv2d, nn.Embedding)
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        gain, bias = 1 + self.gain(condition), self.bias(condition)
+        return self.norm(x) * gain[..., None, None] + bias[..., None, None]
 
 
-def normalized_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The layers that the model's authors normalise."""
-    left_out = getattr(model, "plain", ())
-    return {
-        name: layer
-        for name, layer in model.named_modules()
-        if isinstance(layer, NORMALIZED_TYPES) and name not in left_out
-    }
+class GeneratorBlock(nn.Module):
+    """Two 3x3 convolutions beside a 1x1 shortcut, both sides at twice the resolution."""
+
+    def __init__(self, inputs: int, outputs: int, condition: int) -> None:
+        super().__init__()
+        self.norm1 = ConditionalBatchNorm(inputs, condition)
+        self.norm2 = ConditionalBatchNorm(outputs, condition)
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, padding=1)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1)
+        self.shortcut = nn.Conv2d(inputs, outputs, 1)
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        h = F.interpolate(F.relu(self.norm1(x, condition)), scale_factor=2.0)
+        h = self.conv2(F.relu(self.norm2(self.conv1(h), condition)))
+        return h + self.shortcut(F.interpolate(x, scale_factor=2.0))
 
 
-def wrap(model: nn.Module, provider: str, rank_ratio: float | None) -> nn.Module:
-    """The model, normalised by one of STEP_PROVIDERS."""
-    layers = normalized_layers(model)
-    if provider == "torch_sn":
-        for layer in layers.values():
-            spectral_norm(layer)
-    elif provider == "module":
-        srn.apply_stable_rank_norm(
-            model, rank_ratio, include=list(layers), layer_types=NORMALIZED_TYPES, backend="cpu"
-        )
-    elif provider != "plain":
-        raise ValueError(f"provider must be one of {STEP_PROVIDERS}, got {provider!r}")
-    return model
+class BigGANGenerator(nn.Module):
+    """A class-conditional generator that feeds a part of z to every block.
+
+    Attention, if any, comes before the last block. Source: Brock et al. 2019 (arXiv 1809.11096).
+    """
+
+    plain = ("embedding",)  # shared by all blocks, not normalised
+
+    def __init__(
+        self, channels: Sequence[int], latent: int, embedding: int = 128, classes: int = 1000
+    ) -> None:
+        super().__init__()
+        self.latent = latent // len(channels) * len(channels)
+        part = self.latent // len(channels)
+        self.embedding = nn.Embedding(classes, embedding)
+        self.first = nn.Linear(part, channels[0] * 16)
+        pairs = list(itertools.pairwise(channels))
+        self.blocks = nn.ModuleList(GeneratorBlock(a, b, part + embedding) for a, b in pairs)
+        self.attention = SelfAttention(channels[-2])
+        self.norm = nn.BatchNorm2d(channels[-1])
+        self.last = nn.Conv2d(channels[-1], 3, 3, padding=1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        first, *parts = z.chunk(len(self.blocks) + 1, 1)
+        labels = torch.arange(len(z), device=z.device) % self.embedding.num_embeddings
+        shared = self.embedding(labels)
+        h = self.first(first).unflatten(1, (-1, 4, 4))
+        for i, (block, part) in enumerate(zip(self.blocks, parts, strict=True)):
+            if i == len(self.blocks) - 1:
+                h = self.attention(h)
+            h = block(h, torch.cat([shared, part], 1))
+        return torch.tanh(self.last(F.relu(self.norm(h))))
 
 
-STEP_PROVIDERS = ("plain", "torch_sn", "module")
+class ResNetGenerator(nn.Module):
+    """SNGAN's generator for 32x32 images, which its authors do not normalise (arXiv 1802.05957)."""
+
+    def __init__(self, channels: int = 256, latent: int = 128, blocks: int = 3) -> None:
+        super().__init__()
+        self.latent = latent
+        self.first = nn.Linear(latent, channels * 16)
+        self.blocks = nn.ModuleList(GeneratorBlock(channels, channels, 1) for _ in range(blocks))
+        self.norm = nn.BatchNorm2d(channels)
+        self.last = nn.Conv2d(channels, 3, 3, padding=1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        h = self.first(z).unflatten(1, (-1, 4, 4))
+        for block in self.blocks:
+            h = block(h, z[:, :1])
+        return torch.tanh(self.last(F.relu(self.norm(h))))
 
 
-def make_step(name: str, provider: str, rank_ratio: float | None) -> Callable[[], None]:
-    """The discriminator's training step: two forwards, hinge loss, one backward, Adam."""
-    spec = MODELS[name]
-    torch.manual_seed(0)
-    model = wrap(spec.make(), provider, rank_ratio)
-    # A tiny rate: the step is timed, and must stay finite without normalisation too.
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-6, betas=(0.0, 0.9))
-    shape = (spec.batch, 3, spec.resolution, spec.resolution)
-    real, fake = torch.rand(shape) * 2 - 1, torch.rand(shape) * 2 - 1
+class DenseNet(nn.Module):
+    """Every layer of a block sees all before it (Huang et al. 2017, arXiv 1608.06993)."""
 
-    def step() -> None:
-        optimizer.zero_grad(set_to_none=True)
-        loss = F.relu(1 - model(real)).mean() + F.relu(1 + model(fake)).mean()
-        loss.backward()
-        optimizer.step()
+    def __init__(self, layers: int = 12, growth: int = 12, channels: int = 16) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, channels, 3, padding=1, bias=False)
+        self.stages = nn.ModuleList()
+        for stage in range(3):
+            block = nn.ModuleList()
+            for _ in range(layers):
+                block.append(self.layer(channels, growth, 3))
+                channels += growth
+            self.stages.append(block)
+            if stage < 2:
+                self.stages.append(self.layer(channels, channels, 1))
+        self.norm = nn.BatchNorm2d(channels)
+        self.head = nn.Linear(channels, 10)
 
-    return step
+    @staticmethod
+    def layer(inputs: int, outputs: int, kernel: int) -> nn.Sequential:
+        conv = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=False)
+        return nn.Sequential(nn.BatchNorm2d(inputs), nn.ReLU(), conv)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        for stage in self.stages:
+            if isinstance(stage, nn.ModuleList):
+                for layer in stage:
+                    x = torch.cat([x, layer(x)], 1)
+            else:
+                x = F.avg_pool2d(stage(x), 2)
+        return self.head(F.relu(self.norm(x)).mean((2, 3)))
+
+
+class MixingBlock(nn.Module):
+    """Attention with linear projections, then a feed-forward of 1x1 convolutions."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.GroupNorm(1, width), nn.GroupNorm(1, width)
+        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.expand, self.contract = nn.Conv2d(width, 4 * width, 1), nn.Conv2d(4 * width, width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = self.norm1(x).permute(0, 2, 3, 1)  # attention along each row of the grid
+        q, k, v = self.qkv(rows).chunk(3, -1)
+        mixed = self.proj(F.scaled_dot_product_attention(q, k, v))
+        x = x + mixed.permute(0, 3, 1, 2)
+        return x + self.contract(F.gelu(self.expand(self.norm2(x))))
+
+
+class Emulator(nn.Module):
+    """A U-shaped weather emulator: next state of a grid from the present one.
+
+    Linear, Conv2d and ConvTranspose2d weights in the mix and number (175) that the users of such
+    models normalise, at widths that a CPU steps through.
+    """
+
+    def __init__(
+        self,
+        variables: int = 16,
+        widths: Sequence[int] = (32, 64, 128, 256),
+        depths: Sequence[int] = (8, 8, 16, 8),
+    ) -> None:
+        super().__init__()
+        self.down, self.stages = nn.ModuleList(), nn.ModuleList()
+        before = variables
+        for width, depth in zip(widths, depths, strict=True):
+            # Two window sizes side by side, as in cross-scale embedding.
+            sizes = (nn.Conv2d(before, width // 2, k, 2, k // 2 - 1) for k in (2, 4))
+            self.down.append(nn.ModuleList(sizes))
+            self.stages.append(nn.Sequential(*(MixingBlock(width) for _ in range(depth))))
+            before = width
+        pairs = list(zip(widths[:0:-1], widths[-2::-1], strict=True))
+        self.up = nn.ModuleList(nn.ConvTranspose2d(a, b, 2, 2) for a, b in pairs)
+        self.merge = nn.ModuleList(nn.Conv2d(2 * b, b, 3, padding=1) for _, b in pairs)
+        self.last = nn.ConvTranspose2d(widths[0], variables, 4, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        state, skips = x, []
+        for sizes, stage in zip(self.down, self.stages, strict=True):
+            x = stage(torch.cat([conv(x) for conv in sizes], 1))
+            skips.append(x)
+        for up, merge, skip in zip(self.up, self.merge, skips[-2::-1], strict=True):
+            x = merge(torch.cat([up(x), skip], 1))
+        return state + self.last(x)

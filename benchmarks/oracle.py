@@ -59,7 +59,8 @@ def make_oracle(problem: Problem, rank_ratio: float, v_first: bool = False) -> O
         weight = problem.weights[i].double().requires_grad_()
         target_rank = target_rank if min(weight.shape) > 1 else float("inf")
         first, second = (v, u) if v_first else (u, v)
-        layer = reference.normalize_layer(weight, first, second, target_rank, 1, 1e-12, dim)
+        steps = problem.n_power_iterations
+        layer = reference.normalize_layer(weight, first, second, target_rank, steps, 1e-12, dim)
         (grad,) = torch.autograd.grad(layer.weight, weight, problem.upstream[i].double())
         outputs.append(layer.weight.detach().float())
         grads.append(grad.float())

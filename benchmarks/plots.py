@@ -11,10 +11,13 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
+from benchmarks.growth import CURVES, matches
+from benchmarks.growth import PROVIDERS as GROWING
 from benchmarks.providers import PROVIDERS
 from benchmarks.store import Row
-from benchmarks.tables import provider_title
+from benchmarks.tables import BRIEF_PROVIDERS, BRIEF_WORKLOADS, provider_title
 from benchmarks.workloads import CORE
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart; ours in the warm ones.
@@ -60,31 +63,80 @@ def _bars(axes: Axes, rows: Sequence[Row], ylabel: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
+def _save(figure: Figure, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
 def overhead(rows: Sequence[Row], path: Path) -> None:
     """Multiples of the copy, forward and backward, and each normalisation's share of a step."""
     floors = [
         r
         for r in rows
-        if r.mode == "forward_backward" and r.metric == "time_over_copy_x" and r.rank_ratio
+        if r.mode == "forward_backward"
+        and r.metric == "time_over_copy_x"
+        and r.rank_ratio
+        and r.provider in BRIEF_PROVIDERS
+        and r.workload in BRIEF_WORKLOADS
     ]
-    shares = [r for r in rows if r.metric == "share_of_step_percent"]
+    shares = [
+        r for r in rows if r.metric == "share_of_step_percent" and r.workload in BRIEF_WORKLOADS
+    ]
     if not floors:
         raise ValueError("the store holds no measurement to plot")
     panels = 2 if shares else 1
     figure, axes = plt.subplots(
-        panels, 1, figsize=(11, 4.2 * panels), squeeze=False, layout="constrained"
+        1, panels, figsize=(7 * panels, 4.4), squeeze=False, layout="constrained"
     )
-    top = axes[0, 0]
-    _bars(top, floors, "time / copy of the same bytes")
-    top.set_yscale("log")
-    top.axhline(1, color="black", linewidth=0.8, linestyle=":")
-    top.set_title("Forward and backward of all weights (lower is better; dotted: the floor)")
+    left = axes[0, 0]
+    _bars(left, floors, "time / copy of the same bytes")
+    left.set_yscale("log")
+    left.set_yticks([1, 2, 5, 10, 20, 50], ["1", "2", "5", "10", "20", "50"])
+    left.axhline(1, color="black", linewidth=0.8, linestyle=":")
+    left.set_title("Forward and backward of all weights (dotted: the floor)")
     if shares:
-        _bars(axes[1, 0], shares, "% of the training step")
-        axes[1, 0].axhline(0, color="black", linewidth=0.8)
-        axes[1, 0].set_title("Share of the discriminator's training step")
-    handles, labels = top.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right upper", fontsize=8, frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+        _bars(axes[0, 1], shares, "% of the training step")
+        axes[0, 1].axhline(0, color="black", linewidth=0.8)
+        axes[0, 1].set_title("Share of the whole training step")
+    handles, labels = left.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=9, frameon=False)
+    _save(figure, path)
+
+
+def growth(rows: Sequence[Row], path: Path) -> None:
+    """Forward and backward against what growth.py varies, with bands from p20 to p80."""
+    if not rows:
+        raise ValueError("the store holds no measurement to plot")
+    figure, axes = plt.subplots(2, 2, figsize=(11, 8), layout="constrained")
+    for ax, (title, points) in zip(axes.flat, CURVES.items(), strict=True):
+        for name in GROWING:
+            found = {
+                x: r
+                for x, point in points.items()
+                for r in rows
+                if matches(point, r) and r.provider == name and r.metric == "time_ms"
+            }
+            colour = COLOURS.get(name, "black")
+            label = provider_title((name, 1.0 if PROVIDERS[name].spectral else None))
+            at = list(found)
+            ax.plot(at, [r.p50 for r in found.values()], "o-", color=colour, label=label)
+            low, high = ([getattr(r, p) for r in found.values()] for p in ("p20", "p80"))
+            ax.fill_between(at, low, high, color=colour, alpha=0.2, linewidth=0)
+        ax.set_xscale("log", base=2)
+        ax.set_yscale("log")
+        ax.set_xlabel(title)
+        ax.set_ylabel("ms")
+        ax.spines[["top", "right"]].set_visible(False)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.suptitle("Forward and backward of all weights")
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=9, frameon=False)
+    _save(figure, path)
+
+
+def draw_all(rows: Sequence[Row], grown: Sequence[Row], folder: Path) -> None:
+    """Every picture that the documents show and the store has rows for."""
+    if rows:
+        overhead(rows, folder / "overhead.png")
+    if grown:
+        growth(grown, folder / "growth.png")

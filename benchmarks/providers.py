@@ -11,9 +11,10 @@ from torch.nn.functional import normalize
 from torch.nn.utils.parametrizations import spectral_norm
 
 import srn_kernels as srn
+from benchmarks.timing import Body
 from benchmarks.workloads import Problem
 
-MODES = ("forward", "forward_backward", "evaluation")
+MODES = ("forward", "backward", "forward_backward", "evaluation")
 
 
 class Runner:
@@ -25,12 +26,14 @@ class Runner:
 
     updates_v_first = False  # torch's legacy hook: v = W^T u, then u = W v
     allowance = 0.0  # a relative error of a peer that is known, and not ours to mend
+    countable = True  # its operators pass the dispatcher one by one
 
     def __init__(self, problem: Problem, rank_ratio: float | None) -> None:
         self.problem = problem
         self.rank_ratio = rank_ratio
         self.training = True
         self.parameters = [nn.Parameter(w) for w in problem.weights]
+        self.pending: Sequence[Tensor] = ()
 
     def outputs(self) -> Sequence[Tensor]:
         """All normalised weights, after one power iteration each when training."""
@@ -42,14 +45,27 @@ class Runner:
     def forward(self) -> None:
         self.outputs()
 
-    def forward_backward(self) -> None:
-        torch.autograd.backward(self.outputs(), self.problem.upstream)
+    def prepare_backward(self) -> None:
+        self.pending = self.outputs()
+
+    def backward(self) -> None:
+        outputs, self.pending = self.pending, ()
+        torch.autograd.backward(outputs, self.problem.upstream)
         for parameter in self.parameters:
             parameter.grad = None
+
+    def forward_backward(self) -> None:
+        self.prepare_backward()
+        self.backward()
 
     def evaluation(self) -> None:
         with torch.no_grad():
             self.outputs()
+
+    def body(self, mode: str) -> Body:
+        """One of MODES, to be timed."""
+        prepare = {"prepare": self.prepare_backward} if mode == "backward" else {}
+        return Body(getattr(self, mode), **prepare)
 
 
 @dataclass(frozen=True)
@@ -63,6 +79,7 @@ class Provider:
     stable_rank: bool
     modes: tuple[str, ...]
     needs_kernels: bool
+    most_layers: int | None
 
     def ratios(self, wanted: Sequence[float]) -> list[float | None]:
         """Those of the wanted rank ratios that it serves; [None] for a floor."""
@@ -85,11 +102,14 @@ def provider(
     stable_rank: bool = False,
     modes: tuple[str, ...] = MODES,
     needs_kernels: bool = False,
+    most_layers: int | None = None,
 ) -> Callable[[type[Runner]], type[Runner]]:
     """Declares the decorated Runner."""
 
     def declare(runner: type[Runner]) -> type[Runner]:
-        PROVIDERS[name] = Provider(name, title, runner, spectral, stable_rank, modes, needs_kernels)
+        PROVIDERS[name] = Provider(
+            name, title, runner, spectral, stable_rank, modes, needs_kernels, most_layers
+        )
         return runner
 
     return declare
@@ -109,8 +129,7 @@ class Copy(Runner):
             out.copy_(weight)
         return self.outs
 
-    def forward_backward(self) -> None:
-        self.outputs()
+    def backward(self) -> None:
         for grad, weight, upstream in zip(
             self.grads, self.problem.weights, self.problem.upstream, strict=True
         ):
@@ -138,6 +157,30 @@ class WeightReader(nn.Module):
 
     def forward(self) -> list[Tensor]:
         return [layer() for layer in self.layers]
+
+
+class Untouched(torch.autograd.Function):
+    """Hands weights through, and gradients back in memory of their own."""
+
+    @staticmethod
+    def forward(ctx, *weights):
+        return tuple(w.view_as(w) for w in weights)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        return tuple(torch.empty_like(g) for g in grads)
+
+
+@provider("plain", "not normalised", spectral=False)
+class Plain(Runner):
+    """What calling a model and a backward cost by themselves: nothing is read or written."""
+
+    def __init__(self, problem: Problem, rank_ratio: float | None) -> None:
+        super().__init__(problem, rank_ratio)
+        self.model = WeightReader(self.parameters)
+
+    def outputs(self) -> Sequence[Tensor]:
+        return Untouched.apply(*self.model())
 
 
 class ModelRunner(Runner):
@@ -172,7 +215,7 @@ class ModelRunner(Runner):
 class TorchSN(ModelRunner):
     def wrap(self) -> None:
         for layer in self.model.layers:
-            spectral_norm(layer)
+            spectral_norm(layer, n_power_iterations=self.problem.n_power_iterations)
 
     def state(self, layer: nn.Module) -> tuple[Tensor, Tensor]:
         return layer.parametrizations.weight[0]._u, layer.parametrizations.weight[0]._v
@@ -184,11 +227,14 @@ class TorchSNLegacy(ModelRunner):
 
     def wrap(self) -> None:
         for layer in self.model.layers:
-            nn.utils.spectral_norm(layer)
+            nn.utils.spectral_norm(layer, n_power_iterations=self.problem.n_power_iterations)
 
 
 @provider(
-    "torch_sn_compiled", "torch spectral norm, torch.compile", modes=("forward", "forward_backward")
+    "torch_sn_compiled",
+    "torch spectral norm, torch.compile",
+    modes=("forward", "backward", "forward_backward"),
+    most_layers=16,  # compiling takes a second or two a layer
 )
 class TorchSNCompiled(TorchSN):
     """Compiled as one graph; compilation happens in the correctness gate, before any timing.
@@ -198,6 +244,7 @@ class TorchSNCompiled(TorchSN):
     """
 
     allowance = 1e-2
+    countable = False
 
     def __init__(self, problem: Problem, rank_ratio: float | None) -> None:
         super().__init__(problem, rank_ratio)
@@ -218,17 +265,18 @@ class ForeachSpectralNorm(torch.autograd.Function):
     """All layers in one node: two products with W a layer, the rest in torch._foreach calls."""
 
     @staticmethod
-    def forward(ctx, training, us, vs, *weights):
-        if training:
-            new_us = [torch.mv(w, v) for w, v in zip(weights, vs, strict=True)]
+    def forward(ctx, iterations, us, vs, *weights):
+        new_us, new_vs = us, vs
+        for _ in range(iterations):
+            new_us = [torch.mv(w, v) for w, v in zip(weights, new_vs, strict=True)]
             torch._foreach_div_(new_us, torch._foreach_norm(new_us))
             new_vs = [torch.mv(w.T, u) for w, u in zip(weights, new_us, strict=True)]
             sigmas = torch._foreach_norm(new_vs)  # u^T W v = |W^T u|
             torch._foreach_div_(new_vs, sigmas)
+        if iterations:
             torch._foreach_copy_(us, new_us)
             torch._foreach_copy_(vs, new_vs)
         else:
-            new_us, new_vs = us, vs
             sigmas = [torch.dot(u, torch.mv(w, v)) for w, u, v in zip(weights, us, vs, strict=True)]
         ctx.save_for_backward(*weights, *new_us, *new_vs, *sigmas)
         return tuple(torch._foreach_div(weights, sigmas))
@@ -251,7 +299,8 @@ class Foreach(StatefulRunner):
     """The strong baseline: what an expert writes in an afternoon without a kernel."""
 
     def outputs(self) -> Sequence[Tensor]:
-        return ForeachSpectralNorm.apply(self.training, self.us, self.vs, *self.parameters)
+        iterations = self.problem.n_power_iterations if self.training else 0
+        return ForeachSpectralNorm.apply(iterations, self.us, self.vs, *self.parameters)
 
 
 @provider("layerwise", "SRN layer by layer", spectral=False, stable_rank=True)
@@ -270,8 +319,9 @@ class Layerwise(StatefulRunner):
     def layer(self, weight: Tensor, u: Tensor, v: Tensor, target_rank: float) -> Tensor:
         if self.training:
             with torch.no_grad():
-                u.copy_(normalize(torch.mv(weight, v), dim=0))
-                v.copy_(normalize(torch.mv(weight.T, u), dim=0))
+                for _ in range(self.problem.n_power_iterations):
+                    u.copy_(normalize(torch.mv(weight, v), dim=0))
+                    v.copy_(normalize(torch.mv(weight.T, u), dim=0))
         u, v = u.clone(), v.clone()
         weight = weight / torch.dot(u, torch.mv(weight, v))
         top = torch.outer(u, v)
@@ -286,7 +336,12 @@ class Layerwise(StatefulRunner):
 class Reference(StatefulRunner):
     def outputs(self) -> Sequence[Tensor]:
         return srn.reference.stable_rank_normalize(
-            self.parameters, self.us, self.vs, self.target_ranks, training=self.training
+            self.parameters,
+            self.us,
+            self.vs,
+            self.target_ranks,
+            n_power_iterations=self.problem.n_power_iterations,
+            training=self.training,
         )
 
 
@@ -298,6 +353,7 @@ class Functional(StatefulRunner):
             self.us,
             self.vs,
             self.target_ranks,
+            n_power_iterations=self.problem.n_power_iterations,
             training=self.training,
             backend="cpu",
         )
@@ -308,4 +364,9 @@ class Module(ModelRunner):
     """What people use: one call on a model, hooks included."""
 
     def wrap(self) -> None:
-        srn.apply_stable_rank_norm(self.model, self.rank_ratio, backend="cpu")
+        srn.apply_stable_rank_norm(
+            self.model,
+            self.rank_ratio,
+            n_power_iterations=self.problem.n_power_iterations,
+            backend="cpu",
+        )

@@ -20,6 +20,7 @@ from srn_kernels.backends import cpu
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
+ROUNDS, CURVES = "cpu.jsonl", "cpu_growth.jsonl"  # rounds and steps; growth.py's curves
 # What a measurement depends on; results and documents do not count.
 SOURCES = ("srn_kernels", "csrc", "setup.py", "benchmarks", ":!benchmarks/results")
 
@@ -49,14 +50,20 @@ class Row:
     p80: float = 0.0
     repeats: int = 0
     bytes: int = 0
+    n_power_iterations: int = 1
 
     @property
     def machine(self) -> tuple[str, int, int, str]:
         return self.cpu, self.cores, self.threads, self.instruction_set
 
     @property
-    def subject(self) -> tuple[str, str, float | None, str, str]:
-        return self.workload, self.provider, self.rank_ratio, self.mode, self.metric
+    def place(self) -> tuple[str, str, int]:
+        """What is compared with one another: the cells of one column of a table."""
+        return self.workload, self.mode, self.n_power_iterations
+
+    @property
+    def subject(self) -> tuple[tuple[str, str, int], str, float | None, str]:
+        return self.place, self.provider, self.rank_ratio, self.metric
 
     def with_result(self, metric: str, result: Spread, scale: float = 1.0) -> Row:
         values = (float(f"{scale * x:.6g}") for x in result[:3])
@@ -114,14 +121,11 @@ def append(rows: Iterable[Row], path: Path) -> None:
             file.write(json.dumps(asdict(row)) + "\n")
 
 
-def load(folder: Path = RESULTS) -> list[Row]:
-    """All rows of a folder's files, oldest first."""
-    rows = [
-        Row(**json.loads(line))
-        for path in sorted(folder.glob("*.jsonl"))
-        for line in path.read_text().splitlines()
-        if line.strip()
-    ]
+def load(folder: Path = RESULTS, name: str = ROUNDS) -> list[Row]:
+    """All rows of one of a folder's files, oldest first; none if there is no such file."""
+    path = folder / name
+    lines = path.read_text().splitlines() if path.exists() else []
+    rows = [Row(**json.loads(line)) for line in lines if line.strip()]
     return sorted(rows, key=lambda row: row.date)
 
 
@@ -133,8 +137,18 @@ def newest(rows: Iterable[Row]) -> list[Row]:
     return list(latest.values())
 
 
+def of_last_runs(rows: Iterable[Row]) -> list[Row]:
+    """Of each place, on each machine, the rows of its last run: columns never mix two runs."""
+    rows = list(rows)
+    last: dict[tuple, str] = {}
+    for row in rows:
+        key = (row.machine, row.place)
+        last[key] = max(last.get(key, ""), row.date)
+    return [row for row in rows if row.date == last[row.machine, row.place]]
+
+
 def published(rows: Iterable[Row]) -> list[Row]:
     """What tables and plots show: the core workloads on the machine that was measured last."""
-    rows = [row for row in newest(rows) if row.workload in CORE]
+    rows = [r for r in of_last_runs(rows) if r.workload in CORE and r.n_power_iterations == 1]
     machine = max(rows, key=lambda row: row.date).machine if rows else None
     return [row for row in rows if row.machine == machine]

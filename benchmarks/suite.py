@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from benchmarks import memory, models, workloads
+from benchmarks import counting, memory, steps, workloads
 from benchmarks.oracle import WrongResult, check_runner, make_oracle
 from benchmarks.providers import MODES, PROVIDERS, Provider, Runner
 from benchmarks.store import Row
-from benchmarks.timing import Samples, measure, spread
+from benchmarks.timing import Body, Samples, Spread, measure, spread
 from benchmarks.workloads import Problem, Workload
 
 Key = tuple[str, float | None]  # provider, rank ratio
@@ -24,14 +24,18 @@ class Options:
     providers: tuple[str, ...] = tuple(PROVIDERS)
     modes: tuple[str, ...] = (*MODES, STEP)
     rank_ratios: tuple[float, ...] = (1.0, 0.7)
+    n_power_iterations: int = 1
     repeats: int = 30
-    budget: float = 2.5  # seconds for one provider in one mode
+    budget: float = 1.0  # seconds for one provider in one mode
 
-    def wanted(self) -> list[tuple[Provider, float | None]]:
+    def wanted(self, workload: Workload) -> list[tuple[Provider, float | None]]:
+        """The providers, with their rank ratios, that this workload is not too long for."""
+        chosen = [PROVIDERS[name] for name in self.providers]
         return [
-            (PROVIDERS[name], ratio)
-            for name in self.providers
-            for ratio in PROVIDERS[name].ratios(self.rank_ratios)
+            (provider, ratio)
+            for provider in chosen
+            if len(workload.shapes) <= (provider.most_layers or len(workload.shapes))
+            for ratio in provider.ratios(self.rank_ratios)
         ]
 
 
@@ -66,10 +70,15 @@ def _share(time: float, base: float) -> float:
     return 100 * (time - base) / time
 
 
+def _added_ms(time: float, base: float) -> float:
+    return 1e3 * (time - base)
+
+
 def comparisons(key: Key) -> list[tuple[str, Key, Callable[[float, float], float]]]:
     """(metric, base, function of both times) of one candidate."""
     _, ratio = key
     return [
+        ("added_ms", ("plain", None), _added_ms),
         ("time_over_copy_x", ("copy", None), _over),
         ("speedup_over_torch_sn_x", ("torch_sn", 1.0), _speedup),
         ("speedup_over_layerwise_x", ("layerwise", ratio), _speedup),
@@ -94,7 +103,7 @@ def gated(problem: Problem, options: Options, watcher: Watcher) -> dict[Key, Run
     """Builds the providers; those with a wrong result are reported and left out."""
     runners: dict[Key, Runner] = {}
     oracles = {}
-    for declared, ratio in options.wanted():
+    for declared, ratio in options.wanted(problem.workload):
         key = (declared.name, ratio)
         if reason := declared.unavailable_reason():
             watcher.complain(f"{label(key)} is not available: {reason}")
@@ -128,7 +137,9 @@ def run_matrices(
         )
     if not modes:
         return []
-    runners = gated(workloads.make_problem(workload, seed), options, watcher)
+    iterations = options.n_power_iterations
+    base = replace(base, n_power_iterations=iterations)
+    runners = gated(workloads.make_problem(workload, seed, iterations), options, watcher)
     rows = []
     for mode in modes:
         chosen = {k: r for k, r in runners.items() if mode in PROVIDERS[k[0]].modes}
@@ -136,7 +147,7 @@ def run_matrices(
             runner.train(mode != "evaluation")
         watcher.say(f"{workload.name}: {mode}")
         samples: Samples[Key] = measure(
-            {key: getattr(runner, mode) for key, runner in chosen.items()},
+            {key: runner.body(mode) for key, runner in chosen.items()},
             repeats=options.repeats,
             budget=options.budget,
             step=watcher.advance,
@@ -146,35 +157,76 @@ def run_matrices(
         rows += make_rows(samples, row)
         if mode == "forward_backward":
             rows += memory_rows(chosen, row)
+            rows += count_rows(chosen, row)
+            rows += host_rows(chosen, workload, options, row)
     return rows
+
+
+def _normalizing(runners: dict[Key, Runner], base: Row) -> Iterator[tuple[Runner, Row]]:
+    for (name, ratio), runner in runners.items():
+        if ratio is not None:
+            yield runner, replace(base, provider=name, rank_ratio=ratio)
 
 
 def memory_rows(runners: dict[Key, Runner], base: Row, repeats: int = 3) -> list[Row]:
     """Peak memory of a forward and backward beyond weights and dL/dW_hat, where it can be told."""
     rows = []
-    for key, runner in runners.items():
-        if key[1] is None:
-            continue
+    for runner, row in _normalizing(runners, base):
         peaks = [memory.peak_mebibytes(runner.forward_backward) for _ in range(repeats)]
         if None not in peaks:
-            row = replace(base, provider=key[0], rank_ratio=key[1])
             rows.append(row.with_result("peak_memory_mib", spread(peaks)))
     return rows
 
 
+def count_rows(runners: dict[Key, Runner], base: Row) -> list[Row]:
+    """Operators of a forward and backward, and the bytes of their tensors over the floor."""
+    rows = []
+    for runner, row in _normalizing(runners, base):
+        if runner.countable:
+            found = counting.count(runner.forward_backward)
+            over = found.bytes / base.bytes
+            rows.append(row.with_result("operators", Spread(*[float(found.operators)] * 3, 1)))
+            rows.append(row.with_result("bytes_over_floor_x", Spread(over, over, over, 1)))
+    return rows
+
+
+def host_rows(
+    runners: dict[Key, Runner], workload: Workload, options: Options, base: Row
+) -> list[Row]:
+    """What the calls cost beside the bytes: the time with every matrix shrunk to 4 x 4."""
+    twin = replace(workload, shapes=((4, 4),) * len(workload.shapes))
+    problem = workloads.make_problem(twin, n_power_iterations=options.n_power_iterations)
+    bodies = {
+        key: type(runner)(problem, key[1]).body(base.mode)
+        for key, runner in runners.items()
+        if key[1] is not None and runner.countable
+    }
+    samples: Samples[Key] = measure(bodies, repeats=options.repeats, budget=options.budget)
+    return [
+        replace(base, provider=key[0], rank_ratio=key[1]).with_result(
+            "host_ms", samples.spread(key), 1e3
+        )
+        for key in samples
+    ]
+
+
 def run_step(workload: Workload, options: Options, base: Row, watcher: Watcher) -> list[Row]:
     """The training step of the workload's discriminator: plain, and with each normalisation."""
-    if STEP not in options.modes or workload.name not in models.MODELS:
+    if STEP not in options.modes or workload.name not in steps.MODELS:
         return []
     keys: list[Key] = [("plain", None)]
-    for declared, ratio in options.wanted():
-        if declared.name in models.STEP_PROVIDERS and not declared.unavailable_reason():
+    for declared, ratio in options.wanted(workload):
+        if (
+            declared.name != "plain"
+            and declared.name in steps.STEP_PROVIDERS
+            and not declared.unavailable_reason()
+        ):
             keys.append((declared.name, ratio))
     if len(keys) == 1:
         return []
     watcher.say(f"{workload.name}: {STEP}")
     samples: Samples[Key] = measure(
-        {key: models.make_step(workload.name, *key) for key in keys},
+        {key: Body(steps.make_step(workload.name, *key)) for key in keys},
         repeats=options.repeats,
         budget=options.budget,
         step=watcher.advance,
@@ -185,5 +237,5 @@ def run_step(workload: Workload, options: Options, base: Row, watcher: Watcher) 
 def count_steps(names: Sequence[str], options: Options) -> int:
     """How often a run will call ``Watcher.advance``."""
     matrices = sum(mode in MODES for mode in options.modes)
-    whole = sum(name in models.MODELS for name in names) if STEP in options.modes else 0
+    whole = sum(name in steps.MODELS for name in names) if STEP in options.modes else 0
     return options.repeats * (matrices * len(names) + whole)

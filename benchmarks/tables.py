@@ -10,18 +10,38 @@ from pathlib import Path
 from rich.table import Table
 from tabulate import tabulate
 
+from benchmarks.growth import CURVES, matches
+from benchmarks.growth import PROVIDERS as GROWING
 from benchmarks.providers import MODES, PROVIDERS
 from benchmarks.store import Row, newest
 from benchmarks.workloads import CORE
 
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
-COMMAND = "python -m benchmarks run --save && python -m benchmarks table --write README.md"
+COMMAND = "make bench BENCH_ARGS=--save && python -m benchmarks publish"
 MODE_TITLES = {
     "forward": "Forward, training",
+    "backward": "Backward",
     "forward_backward": "Forward and backward",
     "evaluation": "Forward, evaluation",
-    "step": "Training step of the discriminator",
+    "step": "Training step",
 }
+
+# What a reader of the README compares.
+BRIEF_WORKLOADS = (
+    "sngan_cifar_resnet_D",
+    "real_esrgan_unet_D",
+    "emulator_175",
+    "biggan_128_D_ch96",
+)
+BRIEF_PROVIDERS = (
+    "copy",
+    "torch_sn",
+    "torch_sn_legacy",
+    "torch_sn_compiled",
+    "foreach",
+    "layerwise",
+    "module",
+)
 
 Line = tuple[str, float | None]  # provider, rank ratio
 
@@ -104,39 +124,30 @@ def _fastest(rows: Iterable[Row]) -> set[Row]:
     return set(best.values())
 
 
-def grids(rows: Sequence[Row]) -> list[Grid]:
-    """All tables that the rows have something for."""
-    made = []
-    for mode in MODES:
-        chosen = [r for r in rows if r.mode == mode]
-        fastest = _fastest(chosen)
+Cell = Callable[[dict[str, Row]], str | None]
 
-        def time(metrics: dict[str, Row], fastest: set[Row] = fastest) -> str | None:
-            if "time_ms" not in metrics:
-                return None
-            row = metrics["time_ms"]
-            text = number(row.p50)
-            if "time_over_copy_x" in metrics:
-                text += f" ({number(metrics['time_over_copy_x'].p50)}x)"
-            return f"**{text}**" if row in fastest else text
 
-        made.append(_grid(f"{MODE_TITLES[mode]}: ms (multiples of the copy)", chosen, time))
+def _value(name: str) -> Cell:
+    return lambda metrics: number(metrics[name].p50) if name in metrics else None
 
-    def metric(name: str) -> Callable[[dict[str, Row]], str | None]:
-        return lambda metrics: f"{number(metrics[name].p50)}" if name in metrics else None
 
-    both = [r for r in rows if r.mode == "forward_backward"]
-    for base in ("torch_sn", "layerwise", "reference"):
-        title = f"Forward and backward: times faster than {PROVIDERS[base].title}"
-        made.append(_grid(title, both, metric(f"speedup_over_{base}_x")))
-    made.append(
-        _grid(
-            "Forward and backward: peak memory in MiB beyond weights and their incoming gradients",
-            both,
-            metric("peak_memory_mib"),
-        )
-    )
+def _time_grid(mode: str, rows: Sequence[Row]) -> Grid:
+    chosen = [r for r in rows if r.mode == mode]
+    fastest = _fastest(chosen)
 
+    def time(metrics: dict[str, Row]) -> str | None:
+        if "time_ms" not in metrics:
+            return None
+        row = metrics["time_ms"]
+        text = number(row.p50)
+        if "time_over_copy_x" in metrics:
+            text += f" ({number(metrics['time_over_copy_x'].p50)}x)"
+        return f"**{text}**" if row in fastest else text
+
+    return _grid(f"{MODE_TITLES[mode]}: ms (multiples of the copy)", chosen, time)
+
+
+def _step_grid(rows: Sequence[Row]) -> Grid:
     def step(metrics: dict[str, Row]) -> str | None:
         if "time_ms" not in metrics:
             return None
@@ -146,10 +157,63 @@ def grids(rows: Sequence[Row]) -> list[Grid]:
             text += f" ({share.p50:.1f} %, {share.p20:.1f} to {share.p80:.1f})"
         return text
 
-    steps = [r for r in rows if r.mode == "step"]
     title = f"{MODE_TITLES['step']}: ms (share of normalisation, 20th to 80th percentile)"
-    made.append(_grid(title, steps, step))
+    return _grid(title, [r for r in rows if r.mode == "step"], step)
+
+
+# Title after "Forward and backward: ", and metric.
+_METRICS = {
+    "ms that normalising adds to a model that is called without it": "added_ms",
+    "times faster than torch spectral norm": "speedup_over_torch_sn_x",
+    "times faster than SRN layer by layer": "speedup_over_layerwise_x",
+    "times faster than srn_kernels reference": "speedup_over_reference_x",
+    "ms when every matrix is 4 x 4, the cost of the calls themselves": "host_ms",
+    "operators": "operators",
+    "bytes that the operators read and write, over the floor": "bytes_over_floor_x",
+    "peak memory in MiB beyond weights and their incoming gradients": "peak_memory_mib",
+}
+
+
+def grids(rows: Sequence[Row]) -> list[Grid]:
+    """All tables that the rows have something for."""
+    both = [r for r in rows if r.mode == "forward_backward"]
+    made = [_time_grid(mode, rows) for mode in MODES]
+    for title, metric in _METRICS.items():
+        chosen = [r for r in both if r.metric == metric]
+        made.append(_grid(f"Forward and backward: {title}", chosen, _value(metric)))
+    made.append(_step_grid(rows))
     return [grid for grid in made if grid.lines]
+
+
+def brief(rows: Sequence[Row]) -> list[Grid]:
+    """What a reader of the README wants to know first."""
+    chosen = [r for r in rows if r.workload in BRIEF_WORKLOADS]
+    compared = [r for r in chosen if r.provider in BRIEF_PROVIDERS]
+    made = (_time_grid("forward_backward", compared), _step_grid(chosen))
+    return [grid for grid in made if grid.lines]
+
+
+def curves(rows: Sequence[Row]) -> list[Grid]:
+    """One table a curve of growth.py."""
+    made = []
+    for title, points in CURVES.items():
+        shown = {
+            x: {
+                r.provider: r
+                for r in rows
+                if matches(point, r) and r.mode == "forward_backward" and r.metric == "time_ms"
+            }
+            for x, point in points.items()
+        }
+        shown = {x: found for x, found in shown.items() if found}
+        lines = [
+            [provider_title((name, 1.0 if PROVIDERS[name].spectral else None))]
+            + [number(found[name].p50) if name in found else "" for found in shown.values()]
+            for name in GROWING
+        ]
+        if shown:
+            made.append(Grid(f"ms against {title}", ["", *map(str, shown)], lines))
+    return made
 
 
 def caption(rows: Sequence[Row]) -> str:
@@ -169,13 +233,23 @@ def caption(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def markdown(rows: Sequence[Row]) -> str:
+def markdown(rows: Sequence[Row], made: Callable[[Sequence[Row]], list[Grid]] = grids) -> str:
     """The block that belongs between the markers."""
     if not rows:
         return "No measurement is stored yet."
-    parts = [grid.markdown() for grid in grids(rows)]
-    note = "Bold: the fastest of its kind. "
+    parts = [grid.markdown() for grid in made(rows)]
+    note = "Bold: the fastest that gives SN, or SRN. "
     return "\n\n".join([*parts, note + caption(rows), f"Made by `{COMMAND}`."])
+
+
+def documents(rows: Sequence[Row], grown: Sequence[Row]) -> dict[str, str]:
+    """What belongs between the markers of each document."""
+    full = markdown(rows)
+    if grown:
+        parts = [grid.markdown() for grid in curves(grown)]
+        made = "Made by `python -m benchmarks grow --save && python -m benchmarks publish`."
+        full = "\n\n".join([full, *parts, caption(grown), made])
+    return {"README.md": markdown(rows, brief), "docs/benchmarks.md": full}
 
 
 def replaced(document: str, block: str) -> str:
@@ -196,19 +270,19 @@ def difference(path: Path, block: str) -> str:
     return "\n".join(lines)
 
 
-def _of_commit(rows: Sequence[Row], commit: str) -> dict[tuple, Row]:
-    """The newest rows of a commit; ValueError if there are none, or of two commits."""
-    found = [r for r in rows if r.commit.startswith(commit)]
+def _of_run(rows: Sequence[Row], name: str) -> dict[tuple, Row]:
+    """The newest rows of a commit or of a date; ValueError if there are none, or two commits."""
+    found = [r for r in rows if r.commit.startswith(name) or r.date.startswith(name)]
     commits = {r.commit for r in found}
     if len(commits) != 1:
         what = f"is ambiguous: {sorted(commits)}" if commits else "has no row in the store"
-        raise ValueError(f"commit {commit!r} {what}")
+        raise ValueError(f"run {name!r} {what}")
     return {(r.machine, r.subject): r for r in newest(found)}
 
 
 def comparison(rows: Sequence[Row], before: str, after: str) -> Grid:
-    """The times that both commits have on one machine."""
-    old, new = _of_commit(rows, before), _of_commit(rows, after)
+    """The times that two runs, named by commit or date, have on one machine."""
+    old, new = _of_run(rows, before), _of_run(rows, after)
     lines = []
     for key in sorted(old.keys() & new.keys(), key=str):
         a, b = old[key], new[key]
@@ -220,6 +294,6 @@ def comparison(rows: Sequence[Row], before: str, after: str) -> Grid:
         place = f"{a.workload}, {MODE_TITLES[a.mode].lower()}, {a.threads} threads"
         lines.append([place, name, number(a.p50), number(b.p50), ratio, verdict])
     if not lines:
-        raise ValueError(f"commits {before!r} and {after!r} have no measurement in common")
+        raise ValueError(f"{before!r} and {after!r} have no measurement in common")
     header = ["", "provider", f"{before} ms", f"{after} ms", "ratio", "spreads"]
     return Grid(f"{before} to {after}", header, lines)

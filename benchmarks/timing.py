@@ -1,9 +1,10 @@
-"""Paired timing: all candidates in turn, repeat after repeat, ratios within a repeat."""
+"""Paired timing: all candidates in every repeat, in an order drawn anew, ratios within a repeat."""
 
 from __future__ import annotations
 
 import contextlib
 import gc
+import random
 import statistics
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
@@ -14,6 +15,13 @@ Clock = Callable[[], float]
 
 WARM_UPS = 2
 FEWEST = 5  # repeats of a candidate that is too slow for the budget
+
+
+class Body(NamedTuple):
+    """What is timed, and what has to be done before each call of it."""
+
+    run: Callable[[], object]
+    prepare: Callable[[], object] = lambda: None
 
 
 class Spread(NamedTuple):
@@ -75,26 +83,33 @@ def takes_part(repeat: int, share: int, repeats: int) -> bool:
 
 
 def measure(
-    bodies: Mapping[Key, Callable[[], object]],
+    bodies: Mapping[Key, Body],
     *,
     repeats: int,
     budget: float,
+    seed: int = 0,
     clock: Clock = time.perf_counter,
     step: Callable[[], object] = lambda: None,
 ) -> Samples[Key]:
-    """Times the candidates A B C A B C ...
+    """Times every candidate once a repeat.
+
+    The order changes from repeat to repeat: what a candidate finds in the caches depends on who ran
+    before it, and must not be the same neighbour every time.
 
     Args:
         bodies: what to time, one call a repeat, after WARM_UPS calls each.
         repeats: of a candidate that fits the budget.
         budget: seconds for one candidate; a slow one sits repeats out, down to FEWEST.
+        seed: of the orders.
         step: called after every repeat, for a progress bar.
     """
     samples: Samples[Key] = Samples({key: [] for key in bodies})
+    generator = random.Random(seed)
 
-    def time_once(body: Callable[[], object]) -> float:
+    def time_once(body: Body) -> float:
+        body.prepare()
         start = clock()
-        body()
+        body.run()
         return clock() - start
 
     with no_garbage_collection():
@@ -103,8 +118,8 @@ def measure(
             seconds = min(time_once(body) for _ in range(WARM_UPS))
             shares[key] = share_of_repeats(seconds, repeats, budget)
         for repeat in range(repeats):
-            for key, body in bodies.items():
+            for key in generator.sample(list(bodies), len(bodies)):
                 part = takes_part(repeat, shares[key], repeats)
-                samples[key].append(time_once(body) if part else None)
+                samples[key].append(time_once(bodies[key]) if part else None)
             step()
     return samples

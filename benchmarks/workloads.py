@@ -16,13 +16,15 @@ CORE = (
     "sngan_cifar_resnet_D",
     "real_esrgan_unet_D",
     "densenet40_k12",
+    "emulator_175",
     "biggan_128_D_ch96",
-    "vit_b16",
+    "gpt2_xl/24",
+    "1x4096x4096",
 )
 QUICK = CORE[:2]
 FILE = Path(__file__).with_name("workloads.json")
 FLOAT_BYTES = 4
-FLOOR_PASSES = {"forward": 2, "evaluation": 2, "forward_backward": 5}
+FLOOR_PASSES = {"forward": 2, "evaluation": 2, "backward": 3, "forward_backward": 5}
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,7 @@ class Problem:
     upstream: list[Tensor]
     us: list[Tensor]
     vs: list[Tensor]
+    n_power_iterations: int = 1
 
     def target_ranks(self, rank_ratio: float) -> list[float]:
         if rank_ratio == 1:
@@ -107,7 +110,7 @@ def flat_matrix(rows: int, columns: int) -> Tensor:
     return matrix
 
 
-def make_problem(workload: Workload, seed: int = 0) -> Problem:
+def make_problem(workload: Workload, seed: int = 0, n_power_iterations: int = 1) -> Problem:
     """Weights as after an orthogonal initialisation and some training.
 
     A flat spectrum plus noise keeps the stable rank above 0.7 of its maximum, so that stable rank
@@ -124,7 +127,7 @@ def make_problem(workload: Workload, seed: int = 0) -> Problem:
         for vectors, n in ((us, rows), (vs, columns)):
             vector = torch.randn(n, generator=generator)
             vectors.append(vector / vector.norm())
-    return Problem(workload, weights, upstream, us, vs)
+    return Problem(workload, weights, upstream, us, vs, n_power_iterations)
 
 
 def floor_bytes(parameters: int, mode: str) -> int:

@@ -10,7 +10,20 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from benchmarks import models, oracle, plots, providers, store, suite, tables, timing, workloads
+from benchmarks import (
+    counting,
+    growth,
+    models,
+    oracle,
+    plots,
+    providers,
+    steps,
+    store,
+    suite,
+    tables,
+    timing,
+    workloads,
+)
 from benchmarks.__main__ import app
 from srn_kernels.functional import stable_rank_normalize
 
@@ -50,7 +63,7 @@ def make_row(**values) -> store.Row:
 
 def test_workloads_hold_what_they_say():
     known = workloads.load()
-    assert set(workloads.CORE) <= set(known)
+    assert all(workloads.find(name).parameters > 0 for name in workloads.CORE)
     assert known["biggan_128_D_ch96"].parameters == 87_970_368
 
 
@@ -79,13 +92,26 @@ def test_flat_matrix_has_singular_values_one(shape):
     torch.testing.assert_close(singular, torch.ones_like(singular))
 
 
-@pytest.mark.parametrize("name", models.MODELS)
+def weight_shapes(model: torch.nn.Module) -> Counter:
+    """Of the matrices that are normalised; transposed convolutions have their rows second."""
+    shapes: Counter = Counter()
+    for layer in steps.normalized_layers(model).values():
+        rows = layer.weight.shape[isinstance(layer, torch.nn.ConvTranspose2d)]
+        shapes[rows, layer.weight.numel() // rows] += 1
+    return shapes
+
+
+@pytest.mark.parametrize("name", steps.MODELS)
 def test_models_have_their_workloads_weights(name):
     with torch.device("meta"):
-        model = models.MODELS[name].make()
-    layers = models.normalized_layers(model).values()
-    shapes = Counter((layer.weight.shape[0], layer.weight[0].numel()) for layer in layers)
-    assert shapes == Counter(workloads.find(name).shapes)
+        model = steps.MODELS[name].make()
+    assert weight_shapes(model) == Counter(workloads.find(name).shapes)
+
+
+def test_the_normalized_generator_has_its_workloads_weights():
+    with torch.device("meta"):
+        generator = steps.MODELS["biggan_128_D_ch96"].generator()
+    assert weight_shapes(generator) == Counter(workloads.find("biggan_128_G_ch96").shapes)
 
 
 # --- timing --------------------------------------------------------------------------------------
@@ -108,7 +134,11 @@ class FakeClock:
             self.calls.append(name)
             self.now += next(durations)
 
-        return run
+        return timing.Body(run, prepare=lambda: self.prepare(name))
+
+    def prepare(self, name: str) -> None:
+        self.calls.append(name.upper())
+        self.now += 1000.0  # must not count
 
 
 def test_percentiles():
@@ -126,7 +156,9 @@ def test_candidates_take_turns_and_ratios_are_paired():
         "b": clock.body("b", [*warm, 2.0, 30.0, 400.0]),
     }
     samples = timing.measure(bodies, repeats=3, budget=1e9, clock=clock)
-    assert "".join(clock.calls[2 * timing.WARM_UPS :]) == "ababab"
+    turns = "".join(clock.calls[4 * timing.WARM_UPS :])
+    assert sorted(turns[:4]) == sorted(turns[4:8]) == sorted(turns[8:]) == ["A", "B", "a", "b"]
+    assert turns.replace("Aa", "").replace("Bb", "") == ""  # prepared right before its call
     assert samples == {"a": [1.0, 10.0, 100.0], "b": [2.0, 30.0, 400.0]}
     ratios = samples.paired("b", "a", lambda t, base: t / base)
     # Of the ratios 2, 3 and 4, not of medians: a machine that slows down cancels.
@@ -144,11 +176,21 @@ def test_a_slow_candidate_sits_repeats_out():
     assert timing.share_of_repeats(1e6, 20, 30.0) == timing.FEWEST
 
 
+def test_neighbours_change_from_repeat_to_repeat():
+    clock = FakeClock()
+    bodies = {name: clock.body(name, [1.0] * 99) for name in "abcd"}
+    timing.measure(bodies, repeats=40, budget=1e9, clock=clock)
+    turns = [name for name in clock.calls if name.islower()][4 * timing.WARM_UPS :]
+    first = Counter(turns[::4])
+    assert set(first) == set("abcd") and max(first.values()) < 20
+
+
 def test_garbage_collection_is_off_and_comes_back():
     import gc
 
     seen = []
-    timing.measure({"a": lambda: seen.append(gc.isenabled())}, repeats=1, budget=1.0)
+    body = timing.Body(lambda: seen.append(gc.isenabled()))
+    timing.measure({"a": body}, repeats=1, budget=1.0)
     assert not any(seen)
     assert gc.isenabled()
 
@@ -169,8 +211,10 @@ EAGER = [
 ]
 
 
+@pytest.mark.parametrize("iterations", [1, 3])
 @pytest.mark.parametrize(("name", "rank_ratio"), EAGER)
-def test_every_provider_passes_the_gate(problem, name, rank_ratio):
+def test_every_provider_passes_the_gate(name, rank_ratio, iterations):
+    problem = workloads.make_problem(TINY, n_power_iterations=iterations)
     declared = providers.PROVIDERS[name]
     if reason := declared.unavailable_reason():
         pytest.skip(reason)
@@ -178,7 +222,9 @@ def test_every_provider_passes_the_gate(problem, name, rank_ratio):
     wanted = oracle.make_oracle(problem, rank_ratio, runner.updates_v_first)
     oracle.check_runner(name, runner, wanted, declared.modes)
     for mode in declared.modes:
-        getattr(runner, mode)()
+        body = runner.body(mode)
+        body.prepare()
+        body.run()
     assert all(p.grad is None for p in runner.parameters)
 
 
@@ -227,6 +273,44 @@ def test_a_wrong_provider_is_not_timed(problem, monkeypatch):
     assert "gradient" in complaints[0]
 
 
+# --- counting ------------------------------------------------------------------------------------
+
+
+def test_operators_and_their_bytes_are_counted():
+    a, b, out = torch.ones(8, 4), torch.ones(8, 4), torch.empty(8, 4)
+
+    def body() -> None:
+        c = a + b  # reads two, writes one
+        c.mul_(2)  # reads and writes one
+        out.copy_(c.t().t())  # views are free; reads one, writes one
+        torch.empty(99)
+
+    assert counting.count(body) == (3, (3 + 2 + 2) * 8 * 4 * 4)
+
+
+@pytest.mark.parametrize(
+    ("name", "passes"),
+    [
+        ("copy", 5),
+        # Forward: two products read W, the division reads W and writes W_hat. Backward: the
+        # division reads G and writes, the inner product reads G and W, addr_ reads and writes.
+        ("foreach", 4 + 6),
+        ("module", 5),
+    ],
+)
+def test_counted_bytes_are_those_of_the_algorithm(name, passes):
+    declared = providers.PROVIDERS[name]
+    if reason := declared.unavailable_reason():
+        pytest.skip(reason)
+    workload = workloads.find("2x256x256")
+    (ratio,) = declared.ratios([1.0])
+    runner = declared.runner(workloads.make_problem(workload), ratio)
+    runner.forward_backward()
+    bytes_of_a_pass = workload.parameters * 4
+    vectors = 64 * 256 * 4  # u, v, s, t: a few of each
+    assert 0 <= counting.count(runner.forward_backward).bytes - passes * bytes_of_a_pass <= vectors
+
+
 # --- the store -----------------------------------------------------------------------------------
 
 
@@ -234,7 +318,9 @@ def test_rows_survive_the_store(tmp_path):
     rows = [make_row(), make_row(date="2025-01-01", rank_ratio=None, provider="copy")]
     store.append(rows[:1], tmp_path / "new" / "b.jsonl")
     store.append(rows[1:], tmp_path / "new" / "a.jsonl")
-    assert store.load(tmp_path / "new") == rows[::-1]
+    assert store.load(tmp_path / "new", "b.jsonl") == rows[:1]
+    assert store.load(tmp_path / "new", "a.jsonl") == rows[1:]
+    assert store.load(tmp_path) == []
 
 
 def test_the_newest_row_of_a_subject_and_machine_counts():
@@ -242,6 +328,13 @@ def test_the_newest_row_of_a_subject_and_machine_counts():
     other = make_row(threads=1)
     assert set(store.newest([new, other, old])) == {new, other}
     assert store.published([new, make_row(threads=1, date="2025")]) == [new]
+
+
+def test_a_column_never_mixes_two_runs():
+    old, new = make_row(provider="foreach"), make_row(date="2026-02-01T00:00:00+00:00")
+    other = make_row(provider="foreach", mode="forward")
+    assert set(store.of_last_runs([old, new, other])) == {new, other}
+    assert set(store.published([old, new, other, make_row(n_power_iterations=4)])) == {new, other}
 
 
 def test_the_environment_is_found():
@@ -255,33 +348,37 @@ def test_the_environment_is_found():
 cli = CliRunner()
 
 
-def test_check_detects_a_difference(tmp_path):
-    store.append([make_row()], tmp_path / "cpu.jsonl")
-    document = tmp_path / "README.md"
-    document.write_text(f"before\n{tables.BEGIN}\n{tables.END}\nafter\n")
-    arguments = ["table", "--store", str(tmp_path)]
-    assert cli.invoke(app, [*arguments, "--check", str(document)]).exit_code == 1
-    assert cli.invoke(app, [*arguments, "--write", str(document)]).exit_code == 0
-    assert cli.invoke(app, [*arguments, "--check", str(document)]).exit_code == 0
-    text = document.read_text()
+def test_publish_writes_and_check_detects_a_difference(tmp_path):
+    results = tmp_path / "results"
+    store.append([make_row(), make_row(metric="time_over_copy_x")], results / store.ROUNDS)
+    (tmp_path / "docs").mkdir()
+    readme, full = tmp_path / "README.md", tmp_path / "docs" / "benchmarks.md"
+    for document in (readme, full):
+        document.write_text(f"before\n{tables.BEGIN}\n{tables.END}\nafter\n")
+    arguments = ["publish", "--store", str(results), "--root", str(tmp_path)]
+    assert cli.invoke(app, [*arguments, "--check"]).exit_code == 1
+    assert cli.invoke(app, arguments).exit_code == 0
+    assert cli.invoke(app, [*arguments, "--check"]).exit_code == 0
+    assert (tmp_path / "docs" / "overhead.png").stat().st_size > 0
+    text = readme.read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n")
-    document.write_text(text.replace("**2.00**", "**1.00**"))
-    result = cli.invoke(app, [*arguments, "--check", str(document)])
+    readme.write_text(text.replace("**2.00", "**1.00"))
+    result = cli.invoke(app, [*arguments, "--check"])
     assert result.exit_code == 1
-    assert "**1.00**" in result.output
-    document.write_text("no markers")
-    assert cli.invoke(app, [*arguments, "--check", str(document)]).exit_code == 2
+    assert "**1.00" in result.output
+    readme.write_text("no markers")
+    assert cli.invoke(app, [*arguments, "--check"]).exit_code == 2
 
 
-def test_readme_agrees_with_the_store():
-    rows = store.published(store.load())
-    if not rows:
-        pytest.skip("the store is empty")
-    assert tables.difference(ROOT / "README.md", tables.markdown(rows)) == ""
+def test_documents_agree_with_the_store():
+    result = cli.invoke(app, ["publish", "--check"])
+    assert result.exit_code == 0, result.output
 
 
 def test_stored_rows_have_a_commit_and_known_workloads():
-    for row in store.load():
+    rows = store.load() + store.load(name=store.CURVES)
+    assert rows
+    for row in rows:
         assert row.commit != "unknown"
         workloads.find(row.workload)
 
@@ -299,6 +396,10 @@ def test_a_run_writes_rows(tmp_path):
         for name in ("copy", "torch_sn", "reference")
         for mode in ("forward", "forward_backward")
     }
+    host = {r.provider for r in rows if r.metric == "host_ms"}
+    assert (
+        host == {r.provider for r in rows if r.metric == "operators"} == {"torch_sn", "reference"}
+    )
     assert all(r.repeats == 2 and 0 < r.p20 <= r.p50 <= r.p80 for r in times.values())
     assert times["copy", "forward_backward"].bytes == 5 * 2 * 6 * 8 * 4
     ratios = {(r.provider, r.mode) for r in rows if r.metric == "time_over_copy_x"}
@@ -333,10 +434,62 @@ def test_plot(tmp_path):
         plots.overhead([], tmp_path / "none.png")
 
 
-@pytest.mark.parametrize("provider", models.STEP_PROVIDERS)
-def test_a_training_step_runs(provider, monkeypatch):
+def test_growth_covers_its_curves(tmp_path, monkeypatch):
+    tiny = {"layers": {n: growth.Point(f"{n}x3x4", n_power_iterations=n) for n in (1, 2)}}
+    monkeypatch.setattr(growth, "CURVES", tiny)
+    monkeypatch.setattr(growth, "PROVIDERS", ("copy", "torch_sn"))
+    for module in (tables, plots):
+        monkeypatch.setattr(module, "CURVES", tiny)
+        monkeypatch.setattr(module, "GROWING", ("copy", "torch_sn"))
+    threads = torch.get_num_threads()
+    arguments = ["grow", "--repeats", "1", "--save", "--store", str(tmp_path)]
+    result = cli.invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    assert torch.get_num_threads() == threads
+    rows = store.load(tmp_path, store.CURVES)
+    times = {(r.workload, r.n_power_iterations, r.provider) for r in rows if r.metric == "time_ms"}
+    assert times == {(f"{n}x3x4", n, p) for n in (1, 2) for p in ("copy", "torch_sn")}
+    (grid,) = tables.curves(rows)
+    assert grid.header == ["", "1", "2"] and all(all(line) for line in grid.lines)
+
+
+def test_points_of_the_curves_are_workloads_and_fit_the_threads():
+    assert all(workloads.find(p.workload).parameters <= 2**24 for p in growth.points(8))
+    assert {p.threads for p in growth.points(2)} == {None, 1, 2}
+
+
+@pytest.mark.parametrize("provider", steps.STEP_PROVIDERS)
+@pytest.mark.parametrize("kind", ["gan", "images alone", "supervised"])
+def test_a_training_step_trains(provider, kind, monkeypatch):
     if provider == "module" and (reason := providers.PROVIDERS["module"].unavailable_reason()):
         pytest.skip(reason)
-    small = models.Model(lambda: models.ResNetDiscriminator((8, 6), 1, True, 3), 2, 8)
-    monkeypatch.setitem(models.MODELS, "small", small)
-    models.make_step("small", provider, None if provider == "plain" else 1.0)()
+    made: list[torch.nn.Module] = []
+
+    def remember(model: torch.nn.Module) -> torch.nn.Module:
+        made.append(model)
+        return model
+
+    def discriminator() -> torch.nn.Module:
+        return remember(models.ResNetDiscriminator((8, 6), 1, True, 3))
+
+    def generator() -> torch.nn.Module:
+        return remember(models.BigGANGenerator((8, 8, 8), 6, 4, 3))
+
+    loss = steps.supervised_step(torch.nn.functional.mse_loss, torch.Tensor.clone)
+    images = (2, 3, 16, 16)
+    spec = {
+        "gan": steps.Model(discriminator, steps.gan_step, images, generator, True),
+        "images alone": steps.Model(discriminator, steps.gan_step, images),
+        "supervised": steps.Model(
+            lambda: remember(models.Emulator(3, (4, 6), (1, 1))), loss, images
+        ),
+    }[kind]
+    monkeypatch.setitem(steps.MODELS, "small", spec)
+    step = steps.make_step("small", provider, None if provider == "plain" else 1.0)
+    before = [[p.detach().clone() for p in model.parameters()] for model in made]
+    step()
+    assert len(made) == (2 if kind == "gan" else 1)
+    for model, old in zip(made, before, strict=True):
+        moved = [not p.equal(q) for p, q in zip(model.parameters(), old, strict=True)]
+        assert sum(moved) > len(moved) / 2
+        assert all(p.requires_grad for p in model.parameters())
