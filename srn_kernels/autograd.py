@@ -158,7 +158,8 @@ class StableRankNormFunction(torch.autograd.Function):
                         "normalisation and this backward (an optimiser step?); run the forward "
                         "again before the second backward"
                     )
-        rows = [i for i in range(n) if grads[i] is not None and ctx.needs_input_grad[2 + i]]
+        wanted = ctx.needs_input_grad[2:]  # made anew by every look at it
+        rows = [i for i in range(n) if grads[i] is not None and wanted[i]]
         result: list[Tensor | None] = [None] * n
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             # create_graph: the same formula in differentiable operations.
