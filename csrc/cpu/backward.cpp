@@ -1,6 +1,6 @@
 // Backward of all layers with u and v held constant: one pass over G and W for the two inner
 // products <G, W> and u^T G v, one to write dL/dW = scale (G + weight W + outer u v^T).
-#include "layer.h"
+#include "jobs.h"
 
 namespace srn {
 namespace {
@@ -20,6 +20,13 @@ struct BackwardJob {
   static int64_t bytes(const BackwardLayer& l, const Slabs& slabs) {
     return l.layout.columns() * int64_t(sizeof(A)) + slabs.count * int64_t(sizeof(InnerProducts)) +
            2 * 64;
+  }
+  static int64_t touched(const BackwardLayer& l) {
+    return l.layout.rows * l.layout.columns() *
+           (element_size(l.weight_type) + element_size(l.grad_type));
+  }
+  static int64_t written(const BackwardLayer& l) {
+    return l.layout.rows * l.layout.columns() * element_size(l.weight_type);
   }
 };
 
@@ -113,63 +120,26 @@ void run_combine(BackwardJob<A>& job, int64_t index) {
   }
 }
 
-struct AnyJob {
-  bool wide;
-  BackwardJob<float> f32;
-  BackwardJob<double> f64;
-  template <class F>
-  void visit(F&& f) {
-    wide ? f(f64) : f(f32);
-  }
-};
+template <class A>
+std::vector<int32_t> tiles_of(const BackwardJob<A>& job) {
+  return std::vector<int32_t>(2, int32_t(elementwise_tiles(job.layer->layout, job.slabs)));
+}
+
+template <class A>
+void run(BackwardJob<A>& job, int phase, int64_t index) {
+  phase == 0 ? run_inner(job, index) : run_combine(job, index);
+}
+
+template <class A>
+void finish(BackwardJob<A>& job, int phase) {
+  if (phase == 0) finish_inner(job);
+}
 
 }  // namespace
 
 void normalize_backward(std::vector<BackwardLayer>& layers, int64_t threads,
                         const ParallelFor& parallel) {
-  const KernelTables& tables = kernels();
-  std::vector<AnyJob> jobs(layers.size());
-  std::vector<JobShape> shapes(layers.size());
-  Workspace ws;
-  int64_t scratch = 0, written = 0;
-  for (auto& l : layers) {
-    const Slabs s = make_slabs(l.layout.rows, l.layout.columns(), element_size(l.weight_type));
-    scratch += l.weight_type == kFloat64 ? BackwardJob<double>::bytes(l, s)
-                                         : BackwardJob<float>::bytes(l, s);
-    written += l.layout.rows * l.layout.columns() * element_size(l.weight_type);
-  }
-  const bool stream = written > kStreamBytes;
-  ws.reserve(scratch);
-  int64_t lookahead = 0, total = 0;
-  for (size_t i = 0; i < layers.size(); ++i) {
-    BackwardLayer& l = layers[i];
-    jobs[i].wide = l.weight_type == kFloat64;
-    jobs[i].visit([&](auto& job) {
-      set_up(l, tables, stream, ws, &job);
-      const int64_t bytes = l.layout.rows * l.layout.columns() *
-                            (element_size(l.weight_type) + element_size(l.grad_type));
-      const int32_t tiles = int32_t(elementwise_tiles(l.layout, job.slabs));
-      JobShape& shape = shapes[i];
-      shape.tiles = {tiles, tiles};
-      shape.whole = bytes <= 2 * kWholeBytes;
-      shape.tile_bytes = shape.whole ? bytes : bytes / tiles;
-      lookahead = std::max(lookahead, shape.tile_bytes);
-      total += bytes;
-    });
-  }
-  const int64_t workers = std::max<int64_t>(1, std::min(threads, total / (128 << 10)));
-  lookahead = workers == 1 ? 0 : lookahead * workers;
-  run_tiles(
-      shapes, order_tiles(shapes, lookahead), workers, parallel,
-      [&](int32_t j, int32_t phase, int32_t index) {
-        jobs[j].visit(
-            [&](auto& job) { phase == 0 ? run_inner(job, index) : run_combine(job, index); });
-      },
-      [&](int32_t j, int32_t phase) {
-        jobs[j].visit([&](auto& job) {
-          if (phase == 0) finish_inner(job);
-        });
-      });
+  run_jobs<BackwardJob>(layers, 2 * kWholeBytes, 128 << 10, threads, parallel);
 }
 
 }  // namespace srn

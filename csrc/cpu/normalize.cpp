@@ -6,7 +6,7 @@
 #include <cstring>
 #include <limits>
 
-#include "layer.h"
+#include "jobs.h"
 
 namespace srn {
 namespace {
@@ -31,6 +31,12 @@ struct ForwardJob {
   static int64_t bytes(const NormalizeLayer& l, const Slabs& slabs) {
     const int64_t r = l.layout.rows, c = l.layout.columns(), n = slabs.count;
     return (c + 2 * r + n * c) * int64_t(sizeof(A)) + (2 * n + c) * 8 + 7 * 64;
+  }
+  static int64_t touched(const NormalizeLayer& l) {
+    return l.layout.rows * l.layout.columns() * element_size(l.weight_type);
+  }
+  static int64_t written(const NormalizeLayer& l) {
+    return l.layout.rows * l.layout.columns() * element_size(l.out_type);
   }
 };
 
@@ -220,63 +226,27 @@ void run_rescale(ForwardJob<A>& job, int64_t index) {
   }
 }
 
-// A list of jobs of either accumulation type behind one index.
-struct AnyJob {
-  bool wide;
-  ForwardJob<float> f32;
-  ForwardJob<double> f64;
-  template <class F>
-  void visit(F&& f) {
-    wide ? f(f64) : f(f32);
-  }
-};
+template <class A>
+std::vector<int32_t> tiles_of(const ForwardJob<A>& job) {
+  std::vector<int32_t> tiles(job.passes, int32_t(job.slabs.count));
+  tiles.push_back(int32_t(elementwise_tiles(job.layer->layout, job.slabs)));
+  return tiles;
+}
+
+template <class A>
+void run(ForwardJob<A>& job, int phase, int64_t index) {
+  phase < job.passes ? run_slab(job, index) : run_rescale(job, index);
+}
+
+template <class A>
+void finish(ForwardJob<A>& job, int phase) {
+  if (phase < job.passes) finish_pass(job, phase);
+}
 
 }  // namespace
 
 void normalize(std::vector<NormalizeLayer>& layers, int64_t threads, const ParallelFor& parallel) {
-  const KernelTables& tables = kernels();
-  std::vector<AnyJob> jobs(layers.size());
-  std::vector<JobShape> shapes(layers.size());
-  Workspace ws;
-  int64_t scratch = 0, written = 0;
-  for (auto& l : layers) {
-    const Slabs s = make_slabs(l.layout.rows, l.layout.columns(), element_size(l.weight_type));
-    scratch += l.weight_type == kFloat64 ? ForwardJob<double>::bytes(l, s)
-                                         : ForwardJob<float>::bytes(l, s);
-    written += l.layout.rows * l.layout.columns() * element_size(l.out_type);
-  }
-  const bool stream = written > kStreamBytes;
-  ws.reserve(scratch);
-  int64_t lookahead = 0, total = 0;
-  for (size_t i = 0; i < layers.size(); ++i) {
-    NormalizeLayer& l = layers[i];
-    jobs[i].wide = l.weight_type == kFloat64;
-    jobs[i].visit([&](auto& job) {
-      set_up(l, tables, stream, ws, &job);
-      const int64_t bytes = l.layout.rows * l.layout.columns() * element_size(l.weight_type);
-      JobShape& shape = shapes[i];
-      shape.tiles.assign(job.passes, int32_t(job.slabs.count));
-      shape.tiles.push_back(int32_t(elementwise_tiles(l.layout, job.slabs)));
-      shape.whole = bytes <= kWholeBytes;
-      shape.tile_bytes = shape.whole ? bytes : bytes / job.slabs.count;
-      lookahead = std::max(lookahead, shape.tile_bytes);
-      total += bytes;
-    });
-  }
-  const int64_t workers = std::max<int64_t>(1, std::min(threads, total / (64 << 10)));
-  lookahead = workers == 1 ? 0 : lookahead * workers;
-  run_tiles(
-      shapes, order_tiles(shapes, lookahead), workers, parallel,
-      [&](int32_t j, int32_t phase, int32_t index) {
-        jobs[j].visit([&](auto& job) {
-          phase < job.passes ? run_slab(job, index) : run_rescale(job, index);
-        });
-      },
-      [&](int32_t j, int32_t phase) {
-        jobs[j].visit([&](auto& job) {
-          if (phase < job.passes) finish_pass(job, phase);
-        });
-      });
+  run_jobs<ForwardJob>(layers, kWholeBytes, 64 << 10, threads, parallel);
 }
 
 }  // namespace srn
