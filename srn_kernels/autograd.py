@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from srn_kernels import ops, reference
+from srn_kernels import exact, ops, reference
 from srn_kernels.backends import cpu
 
 
@@ -25,6 +25,7 @@ class Plan(NamedTuple):
     offsets: tuple[int, ...]
     state_size: int
     backend: str
+    gradient: str = "frozen"
 
 
 _BATCHED = (
@@ -170,6 +171,10 @@ class StableRankNormFunction(torch.autograd.Function):
                 result[i] = reference.layer_gradient(
                     grads[i], weights[i], u, v, stats[i], plan.dims[i]
                 )
+                if plan.gradient == "exact":
+                    result[i] = exact.OnceDifferentiable.apply(
+                        result[i], grads[i], weights[i], u, v, stats[i], plan.dims[i]
+                    )
         elif rows:
             chosen = [weights[i] for i in rows]
             outs = _new_like(chosen, [w.dtype for w in chosen])
@@ -184,6 +189,17 @@ class StableRankNormFunction(torch.autograd.Function):
                 [plan.dims[i] for i in rows],
                 plan.backend,
             )
+            if plan.gradient == "exact":
+                ops.add_turning(
+                    [grads[i] for i in rows],
+                    chosen,
+                    round_state,
+                    stats,
+                    outs,
+                    rows,
+                    [plan.offsets[i] for i in rows],
+                    [plan.dims[i] for i in rows],
+                )
             for i, out in zip(rows, outs, strict=True):
                 result[i] = out
         return (None, None, *result, *[None] * ctx.state_arguments)

@@ -109,6 +109,7 @@ def convert_spectral_norm(
     stable_rank: float | None = None,
     init_iterations: int = 15,
     backend: str = "auto",
+    gradient: str = "frozen",
 ) -> nn.Module:
     """Takes over every spectral norm in a model and fuses them into one round.
 
@@ -121,7 +122,7 @@ def convert_spectral_norm(
         model: modified in place and returned.
         rank_ratio: for all layers; at 1, stable_rank hooks keep the ratio they have.
         n_power_iterations, eps: None: what each layer has now.
-        stable_rank, init_iterations, backend: see :func:`srn_kernels.stable_rank_norm`.
+        stable_rank, init_iterations, backend, gradient: see :func:`srn_kernels.stable_rank_norm`.
 
     Raises:
         ValueError, TypeError: nothing to take over, or a wrong argument; the model is as it was.
@@ -131,6 +132,7 @@ def convert_spectral_norm(
         "stable_rank": stable_rank,
         "init_iterations": init_iterations,
         "backend": backend,
+        "gradient": gradient,
     }
     if n_power_iterations is not None:
         keywords["n_power_iterations"] = n_power_iterations

@@ -1,84 +1,86 @@
-"""How the top singular vectors turn with W: what the frozen-u,v gradient leaves out.
+"""The exact gradient of a round: with u and v turning as W changes, without a decomposition.
 
-For singular triples (s_i, u_i, v_i), i <= k, and vectors a_i, b_i orthogonal to all u and all v,
-
-    s_i x_i - W y_i = a_i,    s_i y_i - W^T x_i = b_i,    x_i in U's complement, y_i in V's
-
-give the adjoint of W -> (U, V): sum_i x_i v_i^T + u_i y_i^T. With y_i eliminated the system is
-symmetric, and positive definite with smallest eigenvalue 1 - (s_{k+1} / s_i)^2: a case for
-conjugate gradients, two matrix products a step and no decomposition.
+For W_hat = a W + b u v^T the exact gradient is the frozen one plus b (x v^T + u y^T) with
+a_1 = (I - u u^T) G v and b_1 = (I - v v^T) G^T u. A backward then reads W twice a step, 5 to 50
+steps for the gaps of trained layers, and looks at the scalars of the round (one synchronisation on
+a GPU). Layers whose constraint is inactive (b = 0), and all of plain SN, cost nothing more.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-# Conjugate gradients end here at the latest; convergence takes about sqrt(1 / gap) steps.
-ITERATIONS = 500
-# How often the host looks whether all systems are solved.
-_LOOK_EVERY = 8
+from srn_kernels import reference
+from srn_kernels.turning import turning
 
 
-class Accuracy(NamedTuple):
-    """Of the solution, for a dtype."""
+def turning_part(
+    grad: Tensor, weight: Tensor, u: Tensor, v: Tensor, stats: Tensor, dim: int
+) -> Tensor | None:
+    """b (x v^T + u y^T) in the weight's shape, from G = dL/dW_hat; None where it is 0."""
+    sigma, _, _, _, _, b, branch, _ = stats.tolist()
+    if branch != reference.STABLE_RANK or b == 0:
+        return None
+    w, g = (reference.matrix(t, dim).to(u.dtype) for t in (weight, grad))
+    x, y = turning(
+        w,
+        u.unsqueeze(-1),
+        u.new_full((1,), sigma),
+        v.unsqueeze(-1),
+        (g @ v).unsqueeze(-1),
+        (g.mT @ u).unsqueeze(-1),
+    )
+    part = torch.outer(x[:, 0], v) + torch.outer(u, y[:, 0])
+    return reference.from_matrix(part * (b / sigma), weight, dim)
 
-    tolerance: float  # of the residual, relative to the right-hand side
-    gap: float  # 1 - (s_j / s_i)^2 below it counts as repeated
+
+def add_turning(
+    grads: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    round_state: Tensor,
+    stats: Tensor,
+    grad_weights: Sequence[Tensor],
+    rows: Sequence[int],
+    offsets: Sequence[int],
+    dims: Sequence[int],
+) -> None:
+    """Adds :func:`turning_part` of each layer to its frozen gradient. The lists are those of the
+    op normalize_backward."""
+    with torch.no_grad():
+        for i, (grad, weight) in enumerate(zip(grads, weights, strict=True)):
+            u, v = reference.round_vectors(round_state, offsets[i], weight, dims[i])
+            part = turning_part(grad, weight, u, v, stats[rows[i]], dims[i])
+            if part is not None:
+                grad_weights[i].add_(part)
 
 
-ACCURACY = {torch.float64: Accuracy(1e-12, 1e-7), torch.float32: Accuracy(1e-5, 1e-3)}
+class OnceDifferentiable(torch.autograd.Function):
+    """The exact gradient from the frozen one, within a graph that may not be used again."""
 
+    @staticmethod
+    def forward(
+        frozen: Tensor,
+        grad: Tensor,
+        weight: Tensor,
+        u: Tensor,
+        v: Tensor,
+        stats: Tensor,
+        dim: int,
+    ) -> Tensor:
+        part = turning_part(grad, weight, u, v, stats, dim)
+        return frozen.clone() if part is None else frozen + part.to(frozen.dtype)
 
-def _off(x: Tensor, basis: Tensor) -> Tensor:
-    """The part of x orthogonal to the columns of ``basis``."""
-    return x - basis @ (basis.mT @ x)
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        pass
 
-
-def turning(
-    w: Tensor, u: Tensor, s: Tensor, v: Tensor, a: Tensor, b: Tensor
-) -> tuple[Tensor, Tensor]:
-    """s_i x_i and s_i y_i for the equations above; a and b are projected first.
-
-    w: (..., rows, columns), float32 or float64; u, a: (..., rows, k); s: (..., k), positive;
-    v, b: (..., columns, k). Returns tensors of the shapes of a and b.
-
-    Where s_{k+1} comes within ``ACCURACY[dtype].gap`` of s_i, W does not determine u_i, v_i, and
-    the solution is Steihaug's truncated one: conjugate gradients stop before they meet a curvature
-    below the gap, or leave the ball of radius |right-hand side| / gap. So the result is never
-    longer than it could be at that gap, and it stays finite.
-    """
-    if w.shape[-2] > w.shape[-1]:
-        y, x = turning(w.mT, v, s, u, b, a)
-        return x, y
-    tolerance, gap = ACCURACY[w.dtype]
-    a, b, s = _off(a, u), _off(b, v), s.unsqueeze(-2)
-
-    def product(x: Tensor) -> Tensor:  # P W Q W^T x / s^2
-        return _off(w @ (_off(w.mT @ x, v) / s), u) / s
-
-    def dot(x: Tensor, y: Tensor) -> Tensor:
-        return (x * y).sum(-2, keepdim=True)
-
-    r = a + _off(w @ b, u) / s
-    x, p, rr = torch.zeros_like(r), r, dot(r, r)
-    start = rr
-    active = start > 0
-    for step in range(ITERATIONS):
-        if step % _LOOK_EVERY == 0 and not active.any():
-            break
-        ap = p - product(p)
-        curvature = dot(p, ap)
-        active = active & (curvature > gap * dot(p, p))
-        alpha = torch.where(active, rr / torch.where(active, curvature, 1.0), 0.0)
-        new = x + alpha * p
-        active = active & (dot(new, new) * gap**2 <= start)
-        x = torch.where(active, new, x)
-        r = r - alpha * ap
-        new_rr = dot(r, r)
-        active = active & (new_rr > tolerance**2 * start)
-        p = r + torch.where(active, new_rr / torch.where(rr > 0, rr, 1.0), 0.0) * p
-        rr = new_rr
-    return x, b + _off(w.mT @ x, v) / s
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise RuntimeError(
+            "gradient='exact' can be differentiated once only; use gradient='frozen' for second "
+            "derivatives"
+        )

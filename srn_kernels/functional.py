@@ -38,6 +38,12 @@ def check_eps(eps: float) -> float:
     return float(eps)
 
 
+def check_gradient(gradient: str) -> str:
+    if gradient not in ("frozen", "exact"):
+        raise ValueError(f"gradient must be 'frozen' or 'exact', got {gradient!r}")
+    return gradient
+
+
 def is_dense(t: Tensor) -> bool:
     """Dense and not overlapping, in any order of dimensions."""
     return t.is_contiguous() or torch.ops.aten.is_non_overlapping_and_dense(t)
@@ -85,10 +91,7 @@ class Request(NamedTuple):
             raise ValueError(f"dims must have one entry a weight: {len(dims)} for {n}")
         check_count(n_power_iterations, "n_power_iterations", 1)
         check_eps(eps)
-        if gradient not in ("frozen", "exact"):
-            raise ValueError(f"gradient must be 'frozen' or 'exact', got {gradient!r}")
-        if gradient == "exact":
-            raise NotImplementedError("gradient='exact' is not available yet; use 'frozen'")
+        check_gradient(gradient)
         if out_dtype is not None and out_dtype not in FLOATING:
             raise TypeError(f"out_dtype must be one of {FLOATING}, got {out_dtype}")
         request = cls([], [n_power_iterations if training else 0] * n, [], [])
@@ -150,10 +153,20 @@ def _build_plan(
     out_dtypes: tuple[torch.dtype, ...],
     names: tuple[str, ...],
     backend: str,
+    gradient: str = "frozen",
 ) -> Plan:
     offsets, size = ops.state_layout(shapes)
     return Plan(
-        target_ranks, iterations, dims, eps, out_dtypes, names, tuple(offsets), size, backend
+        target_ranks,
+        iterations,
+        dims,
+        eps,
+        out_dtypes,
+        names,
+        tuple(offsets),
+        size,
+        backend,
+        gradient,
     )
 
 
@@ -198,7 +211,7 @@ def stable_rank_normalize(
     sigma = u^T W v after ``n_power_iterations`` power iterations, the result is
     ``gamma W / sigma + (1 - gamma) u v^T``, whose spectral norm is 1 and whose stable rank is at
     most the target; gamma = 1 (plain spectral normalisation) where the stable rank is low enough
-    already. Differentiable in the weights, with u and v held constant.
+    already. Differentiable in the weights, with u and v held constant unless ``gradient="exact"``.
 
     Args:
         weights: tensors of two dimensions or more; float32, bfloat16, float16 or float64, read in
@@ -211,7 +224,10 @@ def stable_rank_normalize(
         dims: the output dimension of each weight; None: 0 for all.
         training: whether u and v move; without, u/|u| and v/|v| are used as they are.
         out_dtype: of the results; None: each weight's own. float64 needs float64 weights.
-        gradient: "frozen", or "exact" (not available yet: NotImplementedError).
+        gradient: "frozen", or "exact": as if u, v were the top singular pair of W and moved with
+            it, whatever ``training`` is; accurate as far as they have converged, bounded where the
+            two largest singular values coincide, differentiable once. See
+            :mod:`srn_kernels.exact` for its cost.
         backend: "auto", "reference", "cpu", "triton" or "cuda".
 
     Returns:
@@ -242,6 +258,7 @@ def stable_rank_normalize(
             tuple(request.out_dtypes[i] for i in group),
             tuple(f"weights[{i}]" for i in group),
             name,
+            gradient,
         )
         results = run_round(plan, None, *chosen, *[us[i] for i in group], *[vs[i] for i in group])
         for i, out in zip(group, results, strict=False):

@@ -123,6 +123,7 @@ def stable_rank_norm(
     stable_rank: float | None = None,
     init_iterations: int = 15,
     backend: str = "auto",
+    gradient: str = "frozen",
 ) -> nn.Module:
     """Normalises one parameter of one layer (arXiv 1906.04659, Algorithm 2).
 
@@ -141,6 +142,8 @@ def stable_rank_norm(
         stable_rank: r itself, >= 1, in place of the ratio.
         init_iterations: power iterations now, and whenever the weight is found replaced.
         backend: "auto", "reference", "cpu", "triton" or "cuda".
+        gradient: "frozen" (u and v held constant, as SN does), or "exact" (they turn with the
+            weight; differentiable once); the same at rank_ratio 1.
 
     Raises:
         ValueError, TypeError: naming the argument; the module is as it was.
@@ -157,6 +160,7 @@ def stable_rank_norm(
             "eps": eps,
             "init_iterations": init_iterations,
             "backend": backend,
+            "gradient": gradient,
         },
     )
     if type(module) is _ATTENTION_OUTPUT:
@@ -186,6 +190,7 @@ def spectral_norm(
     stable_rank: float | None = None,
     init_iterations: int = 15,
     backend: str = "auto",
+    gradient: str = "frozen",
 ) -> nn.Module:
     """:func:`stable_rank_norm` with rank_ratio 1, and torch's own order of arguments."""
     return stable_rank_norm(
@@ -198,6 +203,7 @@ def spectral_norm(
         stable_rank=stable_rank,
         init_iterations=init_iterations,
         backend=backend,
+        gradient=gradient,
     )
 
 
@@ -250,13 +256,14 @@ def apply_stable_rank_norm(
     stable_rank: float | None = None,
     init_iterations: int = 15,
     backend: str = "auto",
+    gradient: str = "frozen",
 ) -> nn.Module:
     """Normalises every layer of a model, one fused round per forward of ``model``.
 
     Args:
         model: modified in place and returned. Layers that are normalised already stay as they are.
-        rank_ratio, n_power_iterations, eps, dim, stable_rank, init_iterations, backend: see
-            :func:`stable_rank_norm`.
+        rank_ratio, n_power_iterations, eps, dim, stable_rank, init_iterations, backend, gradient:
+            see :func:`stable_rank_norm`.
         include, exclude: module names, globs ("blocks.*.conv1"), or a callable
             ``(name, module) -> bool``. A pattern that matches no candidate raises ValueError.
         layer_types: classes in place of Linear, Conv1-3d and ConvTranspose1-3d; recurrent layers,
@@ -275,6 +282,7 @@ def apply_stable_rank_norm(
         "eps": eps,
         "init_iterations": init_iterations,
         "backend": backend,
+        "gradient": gradient,
     }
     Settings(**keywords)
     types = LAYER_TYPES if layer_types is None else tuple(layer_types)

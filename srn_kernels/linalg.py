@@ -2,7 +2,7 @@
 
 ``method="power"`` needs products with W and factorisations of thin blocks, on W's device;
 ``method="svd"`` decomposes W and is what the former is tested against. Both are differentiable,
-once, in the same way: :mod:`srn_kernels.exact`. The arithmetic is that of W's dtype, float32 for
+once, in the same way: :mod:`srn_kernels.turning`. The arithmetic is that of W's dtype, float32 for
 half and bfloat16.
 """
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from srn_kernels.exact import turning
+from srn_kernels.turning import turning
 
 # The block carries some more vectors than asked for: convergence goes by the gap behind them.
 _OVERSAMPLING = 4

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from srn_kernels import backends
+from srn_kernels import backends, exact
 from srn_kernels.reference import STATS, padded
 
 _library = torch.library.Library("srn_kernels", "DEF")
@@ -35,6 +35,10 @@ _library.define(
 _library.define(
     "normalize_backward(Tensor[] grads, Tensor[] weights, Tensor round_state, Tensor stats, "
     "Tensor(a!)[] grad_weights, int[] rows, int[] offsets, int[] dims, str backend) -> ()"
+)
+_library.define(
+    "add_turning(Tensor[] grads, Tensor[] weights, Tensor round_state, Tensor stats, "
+    "Tensor(a!)[] grad_weights, int[] rows, int[] offsets, int[] dims) -> ()"
 )
 _library.define(
     "project(Tensor(a!)[] weights, Tensor(b!)[] us, Tensor(c!)[] vs, float[] target_ranks, "
@@ -84,6 +88,10 @@ def _normalize_backward(
     )
 
 
+def _add_turning(grads, weights, round_state, stats, grad_weights, rows, offsets, dims):
+    exact.add_turning(grads, weights, round_state, stats, grad_weights, rows, offsets, dims)
+
+
 def _project(weights, us, vs, target_ranks, iterations, dims, eps, backend):
     shapes = [(w.shape[d], w.numel() // w.shape[d]) for w, d in zip(weights, dims, strict=True)]
     offsets, size = state_layout(shapes)
@@ -99,12 +107,15 @@ def _project(weights, us, vs, target_ranks, iterations, dims, eps, backend):
 for _name, _kernel in (
     ("normalize", _normalize),
     ("normalize_backward", _normalize_backward),
+    ("add_turning", _add_turning),
     ("project", _project),
 ):
     _library.impl(_name, _kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"srn_kernels::{_name}", lambda *args: None, lib=_library)
 
 project = torch.ops.srn_kernels.project.default
+# What gradient="exact" adds to normalize_backward, for every backend: matrix products alone.
+add_turning = torch.ops.srn_kernels.add_turning.default
 
 
 def _undispatched() -> bool:

@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from srn_kernels.turning import TopOuter
+
 # Columns of a layer's float64 statistics, and the values of "branch"; csrc/scalars.h has the same.
 STATS = ("sigma", "frobenius_sq", "q", "gamma", "a", "b", "branch", "reserved")
 SPECTRAL, STABLE_RANK, PASS_THROUGH, NON_FINITE = range(4)
@@ -80,8 +82,9 @@ def normalize_layer(
     eps: float,
     dim: int,
     out_dtype: torch.dtype | None = None,
+    gradient: str = "frozen",
 ) -> NormalizedLayer:
-    """One layer, differentiable in ``weight`` with u and v held constant.
+    """One layer, differentiable in ``weight`` with u and v held constant, or not ("exact").
 
     weight: any real floating dtype, two dimensions or more; u: (rows,), v: (columns,), not
     modified; target_rank: r >= 1, inf for spectral normalisation alone; iterations: 0 for
@@ -120,6 +123,8 @@ def normalize_layer(
     excess = max(target_rank - 1.0, 0.0) ** 0.5 if target_rank != float("inf") else 1.0
     gamma = torch.where(active, excess * torch.where(active, q, 1.0).rsqrt(), 1.0)
     outer = torch.outer(new_u, new_v)
+    if gradient == "exact":
+        outer = TopOuter.apply(w, new_u, torch.where(good, sigma, 1.0).to(dtype), new_v)
     w_hat = gamma.to(dtype) * scaled + torch.where(good, 1.0 - gamma, 0.0).to(dtype) * outer
     w_hat = torch.where(broken, torch.full_like(w_hat, float("nan")), w_hat)
 
@@ -219,6 +224,7 @@ def stable_rank_normalize(
             eps,
             request.dims[i],
             request.out_dtypes[i],
+            gradient,
         )
         if training:
             us[i].copy_(layer.u)

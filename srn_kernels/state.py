@@ -18,6 +18,7 @@ from srn_kernels.functional import (
     FLOATING,
     check_count,
     check_eps,
+    check_gradient,
     effective_rank,
     is_dense,
     make_plan,
@@ -38,6 +39,7 @@ class Settings:
     dim: int = 0
     init_iterations: int = 15
     backend: str = "auto"
+    gradient: str = "frozen"
 
     def __post_init__(self) -> None:
         check_ratio(self.rank_ratio)
@@ -51,6 +53,7 @@ class Settings:
         check_count(self.init_iterations, "init_iterations", 0)
         check_eps(self.eps)
         backends.check_name(self.backend)
+        check_gradient(self.gradient)
 
     def target_rank(self, rows: int, columns: int) -> float:
         """The stable rank r to keep below; inf means spectral normalisation alone."""
@@ -248,6 +251,7 @@ def _build_plan(
         out_dtypes,
         tuple(c.label for c in layers),
         backend,
+        layers[0].settings.gradient,
     )
 
 
@@ -290,13 +294,14 @@ def normalize_entries(
     constants, plan_for = (LayerConstants, _build_plan) if compiling else (_constants, _cached_plan)
     weights = [module._parameters[name] for module, name in [e.sites[0] for e in entries]]
     refuse_batched(weights)
-    # One call takes one device, one state dtype and one backend.
+    # One call takes one device, one state dtype, one backend and one kind of gradient.
     groups: dict[Any, list[int]] = {}
     for i, weight in enumerate(weights):
-        key = weight.device, weight.dtype == torch.float64, entries[i].settings.backend
+        settings = entries[i].settings
+        key = weight.device, weight.dtype == torch.float64, settings.backend, settings.gradient
         groups.setdefault(key, []).append(i)
     outs: list[Any] = [None] * len(entries)
-    for (device, _, backend), group in groups.items():
+    for (device, _, backend, _), group in groups.items():
         chosen = [entries[i] for i in group]
         raw = [weights[i] for i in group]
         plan = plan_for(

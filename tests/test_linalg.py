@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from scipy.optimize import minimize
 from torch import Tensor
 
-from srn_kernels import exact, linalg
+from srn_kernels import linalg, turning
 
 METHODS = ("power", "svd")
 WORKLOADS = Path(__file__).parents[1] / "benchmarks" / "workloads.json"
@@ -451,16 +451,16 @@ def test_turning_solves_its_equations_and_stays_bounded() -> None:
         u, s, vt = torch.linalg.svd(w)
         u, s, v = u[:, :k], s[:k], vt[:k].T
         a, b = torch.randn(7, k).double(), torch.randn(5, k).double()
-        x, y = (t / s for t in exact.turning(w, u, s, v, a, b))
+        x, y = (t / s for t in turning.turning(w, u, s, v, a, b))
         a, b = a - u @ (u.T @ a), b - v @ (v.T @ b)
         torch.testing.assert_close(s * x - w @ y, a, rtol=0, atol=1e-9)
         torch.testing.assert_close(s * y - w.T @ x, b, rtol=0, atol=1e-9)
         assert max((u.T @ x).abs().max(), (v.T @ y).abs().max()) < 1e-12
 
 
-@pytest.mark.parametrize("dtype", exact.ACCURACY)
+@pytest.mark.parametrize("dtype", turning.ACCURACY)
 def test_turning_stays_bounded_where_it_is_not_determined(dtype: torch.dtype) -> None:
-    gap = exact.ACCURACY[dtype].gap
+    gap = turning.ACCURACY[dtype].gap
     cases = [torch.eye(6, 4)]  # every singular value is 1
     cases += [
         spectrum([1.0, 1.0 - tiny, *torch.linspace(0.9, 0.1, 20)], 40, 30) for tiny in (0, 1e-9)
@@ -474,10 +474,10 @@ def test_turning_stays_bounded_where_it_is_not_determined(dtype: torch.dtype) ->
         for u1, v1 in ((u[:, :1], vt[:1].T), random):  # not converged: the system is indefinite
             sigma = (u1.T @ w @ v1)[0].abs()
             a, b = (torch.randn(n, 1, dtype=dtype) for n in w.shape)
-            x, y = exact.turning(w, u1, sigma, v1, a, b)
+            x, y = turning.turning(w, u1, sigma, v1, a, b)
             side = (a.norm() + b.norm()) * (1 + s[0] / sigma)
             assert x.norm() + y.norm() <= 3 * side * (1 + s[0] / sigma) / gap
-            assert exact.turning(w, u1, sigma, v1, 0 * a, 0 * b)[0].norm() == 0
+            assert turning.turning(w, u1, sigma, v1, 0 * a, 0 * b)[0].norm() == 0
 
 
 # --- wrong arguments -----------------------------------------------------------------------------
