@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from srn_kernels.turning import turning
+from srn_kernels.turning import top_part_gradient, turning
 
 # The block carries some more vectors than asked for: convergence goes by the gap behind them.
 _OVERSAMPLING = 4
@@ -143,7 +143,7 @@ def _power(w: Tensor, k: int, iterations: int, tol: float) -> TopSingular:
     x = torch.linalg.qr(start).Q.to(w).expand(*w.shape[:-2], columns, block)
     # W v is off by about the unit roundoff times |W|_F for a unit v.
     rounding = 4 * torch.finfo(w.dtype).eps * torch.linalg.matrix_norm(w)
-    done = 0
+    done, before = 0, torch.inf
     while True:
         basis = x
         steps = min(_SWEEP, iterations - done, max(1, columns // block))
@@ -153,7 +153,11 @@ def _power(w: Tensor, k: int, iterations: int, tol: float) -> TopSingular:
         u, s, v = _ritz(w, basis, block)
         done += steps
         residual = _residual(w, u[..., :k], s[..., :k], v[..., :k])
-        met = residual.amax(-1) <= torch.maximum(tol * s[..., 0], rounding)
+        worst = residual.amax(-1)
+        met = worst <= torch.maximum(tol * s[..., 0], rounding)
+        # Long columns round more: a sweep that no longer helps, this close, has got there too.
+        met |= (worst > before / 2) & (worst <= math.sqrt(w.shape[-2]) * rounding)
+        before = worst
         if done >= iterations or met.all():
             break
         # The next sweep starts from one power step beyond the Ritz vectors.
@@ -241,15 +245,17 @@ def top_singular(W: Tensor, k: int, *, iterations: int = 1000, tol: float = 1e-6
 
 
 class _TopPart(torch.autograd.Function):
-    """sum of (s_i - offset) u_i v_i^T over the triples in ``mask``: a spectral function of W.
-
-    Its derivative (Daleckii-Krein: divided differences) needs no gap among the masked triples, nor
-    among the others, so repeated values inside either set are no harm.
-    """
+    """sum of (s_i - offset) u_i v_i^T over the triples in ``mask``: a spectral function of W."""
 
     @staticmethod
     def forward(
-        ctx: Any, w: Tensor, u: Tensor, s: Tensor, v: Tensor, mask: Tensor, offset: Tensor | float
+        ctx: Any,
+        w: Tensor,
+        u: Tensor,
+        s: Tensor,
+        v: Tensor,
+        mask: Tensor,
+        offset: Tensor | float,
     ) -> Tensor:
         ctx.save_for_backward(w, u, s, v, mask)
         ctx.offset = offset
@@ -258,24 +264,7 @@ class _TopPart(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        w, u, s, v, mask = ctx.saved_tensors
-        gv, gu = g @ v, g.mT @ u
-        core = u.mT @ gv
-        h = torch.where(mask, s - ctx.offset, 0.0)
-        (hi, hj), (si, sj), (mi, mj) = ((t.unsqueeze(-1), t.unsqueeze(-2)) for t in (h, s, mask))
-        split = mi != mj
-        total = si + sj
-        even = torch.where(split, (hi - hj) / torch.where(split, si - sj, 1.0), (mi & mj).to(s))
-        odd = torch.where(total > 0, (hi + hj) / torch.where(total > 0, total, 1.0), even)
-        core = (even * (core + core.mT) + odd * (core - core.mT)) / 2
-        result = u @ core @ v.mT
-        if mask.any():
-            # The turning of u_i, v_i against everything outside the block.
-            divisor = torch.where(mask, s, 1.0)
-            x, y = turning(w, u, divisor, v, gv * mask.unsqueeze(-2), gu * mask.unsqueeze(-2))
-            share = (h / divisor).unsqueeze(-2)
-            result = result + (x * share) @ v.mT + u @ (y * share).mT
-        return result, None, None, None, None, None
+        return top_part_gradient(g, *ctx.saved_tensors, ctx.offset), None, None, None, None, None
 
 
 def nearest_with_stable_rank(

@@ -100,3 +100,35 @@ class TopOuter(torch.autograd.Function):
         a, b = (g @ v).unsqueeze(-1), (g.mT @ u).unsqueeze(-1)
         x, y = turning(w, u.unsqueeze(-1), sigma.reshape(1), v.unsqueeze(-1), a, b)
         return (torch.outer(x[:, 0], v) + torch.outer(u, y[:, 0])) / sigma, None, None, None
+
+
+def top_part_gradient(
+    g: Tensor,
+    w: Tensor,
+    u: Tensor,
+    s: Tensor,
+    v: Tensor,
+    mask: Tensor,
+    offset: Tensor | float = 0.0,
+) -> Tensor:
+    """dL/dW from the gradient G of L by sum of (s_i - offset) u_i v_i^T over the i in ``mask``.
+
+    The Daleckii-Krein formula (divided differences of the spectral function): it needs no gap among
+    the masked triples, nor among the others. Shapes as in :func:`turning`; mask: (..., k), bool.
+    """
+    gv, gu = g @ v, g.mT @ u
+    core = u.mT @ gv
+    h = torch.where(mask, s - offset, 0.0)
+    (hi, hj), (si, sj), (mi, mj) = ((t.unsqueeze(-1), t.unsqueeze(-2)) for t in (h, s, mask))
+    split, total = mi != mj, si + sj
+    even = torch.where(split, (hi - hj) / torch.where(split, si - sj, 1.0), (mi & mj).to(s))
+    odd = torch.where(total > 0, (hi + hj) / torch.where(total > 0, total, 1.0), even)
+    core = (even * (core + core.mT) + odd * (core - core.mT)) / 2
+    result = u @ core @ v.mT
+    if mask.any():
+        # How u_i, v_i turn against everything outside the block.
+        divisor, here = torch.where(mask, s, 1.0), mask.unsqueeze(-2)
+        x, y = turning(w, u, divisor, v, gv * here, gu * here)
+        share = (h / divisor).unsqueeze(-2)
+        result = result + (x * share) @ v.mT + u @ (y * share).mT
+    return result
