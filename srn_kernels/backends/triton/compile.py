@@ -1,0 +1,191 @@
+"""Compiles the kernels ahead of time, on any machine: registers, shared memory, spills, wide loads.
+
+    python -m srn_kernels.backends.triton.compile [--arch 80 90 100 gfx942] [--case NAME ...]
+
+Fails if a kernel spills, or if one whose rows are aligned does not load them 16 bytes at a time;
+AMD targets are reported, not judged.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from srn_kernels.backends.triton import launch
+from srn_kernels.backends.triton.backward import backward_kernel
+from srn_kernels.backends.triton.forward import normalize_kernel
+from srn_kernels.ops import state_layout
+
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+ARCHITECTURES = ("80", "90", "100")
+ARGUMENTS = ("*i32", "i32", "i32", "*i64", "*i64", "*i32", "*fp32", "*fp32", "*fp64")
+# Bytes of a launch's asynchronous copies that must move 16 at a time where rows are aligned: the
+# rest are u, and the odd tile of a mixed launch.
+WIDE_SHARE = 0.85
+
+
+class Case(NamedTuple):
+    shapes: Sequence[tuple[int, ...]]
+    dtype: torch.dtype = F32
+    other: torch.dtype = F32  # of W_hat and G
+    dim: int = 0
+    wide: bool = True  # every row is aligned
+
+
+# Every kind of block alone, at both ends of what a row in registers may be, then whole models.
+CASES = {
+    "narrow rows": Case([(4096, 64)]),
+    "rows of 1152": Case([(1024, 1152)]),
+    "rows of 8192": Case([(1024, 8192)]),
+    "rows of 13824": Case([(1536, 13824)]),
+    "rows of 25088": Case([(4096, 25088)]),
+    "rows of 1152, bfloat16": Case([(1024, 1152)], BF16, BF16),
+    "rows of 13824, bfloat16": Case([(1536, 13824)], BF16, BF16),
+    "rows of 3072 to bfloat16": Case([(768, 3072)], F32, BF16),
+    "rows of 3072, float16": Case([(768, 3072)], F16, F16),
+    "odd rows": Case([(512, 27), (64, 1023)], wide=False),
+    "odd rows, bfloat16": Case([(512, 27), (64, 1023)], BF16, BF16, wide=False),
+    "conv transpose 4x4": Case([(512, 256, 4, 4)], dim=1),
+    "conv transpose 3x3": Case([(512, 256, 3, 3)], dim=1, wide=False),
+    "conv transpose 2x2": Case([(512, 256, 2, 2)], dim=1),
+    "columns first": Case([(512, 256)], dim=1),
+    "vit_b16": Case([(768, 768), (2304, 768), (3072, 768), (768, 3072), (1000, 768)]),
+    "biggan_128_D": Case(
+        [
+            *((96, 27), (96, 864), (96, 3), (12, 96), (12, 96), (48, 96), (96, 48), (192, 864)),
+            *((192, 1728), (192, 96), (384, 1728), (384, 3456), (384, 192), (768, 3456)),
+            *((768, 6912), (768, 384), (1536, 6912), *[(1536, 13824)] * 3, (1536, 768)),
+            *((1, 1536), (1000, 1536)),
+        ],
+        wide=False,
+    ),
+}
+
+
+class Report(NamedTuple):
+    """What the assembler made of one kernel."""
+
+    registers: int
+    stack: int  # bytes a thread
+    shared: int
+    spills: int  # loads and stores of registers
+    wide: float  # of the bytes of asynchronous copies (gfx: of loads), those moved 16 at a time
+    seconds: float
+
+    def faults(self, case: Case) -> list[str]:
+        found = ["spills"] if self.spills or self.stack else []
+        if case.wide and self.wide < WIDE_SHARE:
+            found.append("lost its wide loads")
+        return found
+
+
+def make_plan(case: Case, backward: bool) -> launch.Plan:
+    rows = [s[case.dim] for s in case.shapes]
+    matrices = [(r, torch.Size(s).numel() // r) for r, s in zip(rows, case.shapes, strict=True)]
+    offsets, _ = state_layout(matrices)
+    layers = []
+    for i, shape in enumerate(case.shapes):
+        strides = torch.empty(shape, device="meta").stride()
+        dtypes = (case.dtype, case.other)
+        layers.append(launch.Layer(shape, strides, case.dim, *dtypes, True, 1, offsets[i], i))
+    return launch.Plan(tuple(layers), torch.device("cpu"), backward)
+
+
+def compile_plan(plan: launch.Plan, architecture: str) -> Any:
+    kernel = backward_kernel if plan.backward else normalize_kernel
+    names = kernel.arg_names
+    constants = (plan.variants.slabs, plan.variants.rescales)
+    signature = dict(zip(names, ARGUMENTS + ("constexpr",) * 2, strict=True))
+    pointers = [i for i, kind in enumerate(ARGUMENTS) if kind[0] == "*"]
+    source = ASTSource(
+        kernel,
+        signature,
+        dict(zip(names[len(ARGUMENTS) :], constants, strict=True)),
+        {(i,): [["tt.divisibility", 16]] for i in pointers},
+    )
+    options = {"num_warps": plan.config.warps}
+    if architecture.startswith("gfx"):
+        return triton.compile(source, target=GPUTarget("hip", architecture, 64), options=options)
+    options["maxnreg"] = plan.config.registers
+    return triton.compile(source, target=GPUTarget("cuda", int(architecture), 32), options=options)
+
+
+def disassemble(cubin: bytes, *options: str) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        tool = triton.knobs.nvidia.cuobjdump.path
+        return subprocess.run(
+            [tool, *options, file.name], check=True, capture_output=True, text=True
+        ).stdout
+
+
+def wide_share(widths: Sequence[int]) -> float:
+    return sum(b for b in widths if b == 16) / max(1, sum(widths))
+
+
+def report(plan: launch.Plan, architecture: str) -> Report:
+    start = time.perf_counter()
+    compiled = compile_plan(plan, architecture)
+    seconds = time.perf_counter() - start
+    shared = compiled.metadata.shared
+    if architecture.startswith("gfx"):
+        code = compiled.asm["amdgcn"]
+        count = {k: int(n) for k, n in re.findall(r"\.(\w+_count):\s*(\d+)", code)}
+        loads = re.findall(r"\b(?:buffer|global)_load_(ushort|dwordx4|dwordx2|dword)\b", code)
+        widths = [{"ushort": 2, "dword": 4, "dwordx2": 8, "dwordx4": 16}[x] for x in loads]
+        spills = count["vgpr_spill_count"]
+        return Report(count["vgpr_count"], 0, shared, spills, wide_share(widths), seconds)
+    cubin = compiled.asm["cubin"]
+    usage = re.search(r"REG:(\d+) STACK:(\d+)", disassemble(cubin, "-res-usage"))
+    code = disassemble(cubin, "-sass")
+    widths = re.findall(r"\bLDGSTS\.E(?:\.BYPASS)?(?:\.LTC\d+B)?(\.64|\.128)?", code)
+    return Report(
+        int(usage[1]),
+        int(usage[2]),
+        shared,
+        len(re.findall(r"\b(?:LDL|STL)\b", code)),
+        wide_share([{"": 4, ".64": 8, ".128": 16}[w] for w in widths]),
+        seconds,
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--arch", nargs="+", default=ARCHITECTURES)
+    parser.add_argument("--case", nargs="+", choices=CASES, default=list(CASES))
+    chosen = parser.parse_args(arguments)
+    print(f"triton {triton.__version__}")
+    head = ("kernel", "registers", "shared", "spills", "16-byte", "seconds")
+    print("{:50}{:>10}{:>9}{:>7}{:>9}{:>9}".format(*head))
+    failed = 0
+    for architecture in chosen.arch:
+        for name in chosen.case:
+            for backward in (False, True):
+                r = report(make_plan(CASES[name], backward), architecture)
+                judged = not architecture.startswith("gfx")
+                faults = r.faults(CASES[name]) if judged else []
+                failed += bool(faults)
+                target = architecture if architecture.startswith("gfx") else f"sm_{architecture}"
+                title = f"{target} {name}, {'backward' if backward else 'forward'}"
+                print(
+                    f"{title:50}{r.registers:10}{r.shared:9}{r.spills:7}{r.wide:9.0%}"
+                    f"{r.seconds:9.1f}  {', '.join(faults)}",
+                    flush=True,
+                )
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,372 @@
+"""The Triton kernels against the float64 oracle: on a GPU, or in Triton's interpreter."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+
+import oracle
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from triton_rounds import (
+    DEVICE,
+    INTERPRETED,
+    Round,
+    check_round,
+    forward_layer,
+    gradient_layer,
+    nan_like,
+)
+
+from benchmarks import workloads
+from srn_kernels import functional
+from srn_kernels.backends import triton as backend
+from srn_kernels.reference import NON_FINITE, PASS_THROUGH, padded
+
+pytestmark = pytest.mark.skipif(
+    backend.unavailable_reason() is not None, reason=f"triton: {backend.unavailable_reason()}"
+)
+if backend.unavailable_reason() is None:
+    from srn_kernels.backends.tiling import layout
+    from srn_kernels.backends.tiling.config import KB, LaunchConfig
+    from srn_kernels.backends.tiling.schedule import check
+    from srn_kernels.backends.triton import launch
+
+WORKLOADS = workloads.load()
+EMPTY = torch.empty
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Many tiles of few elements, so that small layers go through every phase."""
+
+    def config(device: torch.device, model_bytes: int, is_backward: bool) -> LaunchConfig:
+        return LaunchConfig(
+            programs=3,
+            block=8192,
+            tile_bytes=24 * KB,
+            min_rows=4,
+            max_slabs=40,
+            column_bytes=3 * KB,
+            lookahead_bytes=40 * KB,
+            protected_bytes=50 * KB,
+        )
+
+    monkeypatch.setattr(launch, "device_config", config)
+    monkeypatch.setattr(layout, "WIDEST_ROW", 1024)
+    launch.plan_for.cache_clear()
+    yield
+    launch.plan_for.cache_clear()
+
+
+@pytest.fixture
+def plans(monkeypatch: pytest.MonkeyPatch) -> list[launch.Plan]:
+    """Every plan that a test makes."""
+    made = []
+
+    class Recorded(launch.Plan):
+        def __init__(self, *args) -> None:
+            super().__init__(*args)
+            made.append(self)
+
+    monkeypatch.setattr(launch, "Plan", Recorded)
+    return made
+
+
+@pytest.fixture(autouse=True)
+def quick_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter prepares the language at every call of a device function: once will do."""
+    if not INTERPRETED:
+        return
+    from triton.runtime import interpreter
+
+    run, patched = interpreter.InterpretedFunction.run, set()
+
+    def run_launch(self, *args, **kwargs):
+        patched.clear()
+        return run(self, *args, **kwargs)
+
+    def call(self, *args, **kwargs):
+        if self.fn.__module__ not in patched:
+            interpreter._patch_lang(self.fn)
+            patched.add(self.fn.__module__)
+        return self.rewrite()(*args, **kwargs)
+
+    monkeypatch.setattr(interpreter.InterpretedFunction, "run", run_launch)
+    monkeypatch.setattr(interpreter.InterpretedFunction, "__call__", call)
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workspaces start as NaN: a sum that was not written shows."""
+
+    def poisoned_empty(*args, **kwargs) -> Tensor:
+        t = EMPTY(*args, **kwargs)
+        return t.fill_(math.nan) if t.is_floating_point() else t
+
+    monkeypatch.setattr(torch, "empty", poisoned_empty)
+
+
+def scaled_down(name: str) -> list[tuple[int, int]]:
+    """Every distinct shape of a workload, sides over 24, small sides as they are."""
+
+    def side(n: int) -> int:
+        return n if n <= 32 else max(32, n // 24)
+
+    return [(side(r), side(c)) for r, c in dict.fromkeys(WORKLOADS[name].shapes)]
+
+
+@pytest.mark.parametrize("name", WORKLOADS)
+def test_every_workload_scaled_down(name):
+    check_round(Round.make([(torch.randn(s), 0) for s in scaled_down(name)]))
+
+
+SHAPES = [(1, 1), (1, 7), (7, 1), (3, 5), (1, 300), (300, 1), (63, 27), (16, 1100), (60, 260)]
+
+
+@pytest.mark.parametrize("iterations", [0, 1, 3])
+@pytest.mark.parametrize("name", oracle.LAYOUTS)
+def test_layouts_and_odd_shapes(name, iterations):
+    made = [oracle.make_weight(name, s, torch.float32) for s in SHAPES]
+    check_round(Round.make(made), iterations, skip_gradient=iterations)
+
+
+def test_mixed_dtypes_layouts_and_iterations_in_one_launch():
+    kinds = ["linear", "conv-transpose", "channels-last", "transposed", "linear"]
+    types = [torch.float32, torch.bfloat16, torch.float16]
+    made, outs, iterations = [], [], []
+    for i, dtype in enumerate(types):
+        for k, kind in enumerate(kinds):
+            shape = [(40, 144), (33, 96), (24, 27)][(i + k) % 3]
+            made.append(oracle.make_weight(kind, shape, dtype))
+            outs.append(types[(i + k) % 3])
+            iterations.append((1, 0, 2)[k % 3])
+    made.append((torch.randn(6, 9, 5, 5), 1))  # 25 elements from one row to the next
+    outs.append(None)
+    iterations.append(2)
+    check_round(Round.make(made, outs), iterations)
+
+
+def test_unaligned_pointers():
+    storage = torch.randn(3 * 64 * 48 + 8)
+    made = [(storage[i : i + 64 * 48].view(64, 48), 0) for i in (0, 1, 64 * 48 + 3)]
+    shape = layout.make_layout((64, 48), (48, 1), 0)
+    aligned = [layout.Spec(shape, 4, 4, w.data_ptr() % 16 == 0).alignment for w, _ in made]
+    assert aligned == [4, 1, 1]
+    check_round(Round.make(made))
+
+
+@pytest.mark.parametrize("scale", [1e-11, 1e-6, 1.0, 1e12, 1e18])
+def test_range(scale):
+    made = Round.make([(torch.randn(s) * scale, 0) for s in [(40, 160), (63, 27), (16, 1100)]])
+    layers = check_round(made, 2, eps=0.0)
+    assert all(x.branch < PASS_THROUGH for x in layers)
+    check_round(made, 0, eps=0.0)
+
+
+def edge_weights() -> dict[str, tuple[Tensor, float]]:
+    """The edge cases of the design: a weight and its target rank."""
+    broken, infinite = torch.randn(24, 40), torch.randn(24, 40)
+    broken[20, 3], infinite[2, 39] = math.nan, math.inf
+    u, v = torch.randn(24), torch.randn(40)
+    return {
+        "rank one target": (torch.randn(24, 40), 1.0),
+        "target above": (torch.randn(24, 40), 24.0),
+        "spectral": (torch.randn(24, 40), math.inf),
+        "rank one weight": (torch.outer(u, v), 3.0),
+        "zero": (torch.zeros(24, 40), 3.0),
+        "vanishing": (torch.randn(24, 40) * 1e-15, 3.0),
+        "nan": (broken, 3.0),
+        "infinite": (infinite, 3.0),
+        "row": (torch.randn(1, 40), 1.0),
+        "column": (torch.randn(40, 1), 1.0),
+    }
+
+
+@pytest.mark.parametrize("iterations", [0, 1, 2])
+def test_edge_cases(iterations):
+    cases = edge_weights()
+    made = Round.make(
+        [(w, 0) for w, _ in cases.values()], ranks=[rank for _, rank in cases.values()]
+    )
+    before = made.copy()
+    made.normalize(iterations)
+    grads = [torch.randn_like(w) for w in made.weights]
+    results = made.gradients(grads, range(len(grads)))
+    for i, name in enumerate(cases):
+        branch = made.stats[i, 6].item()
+        if name in ("nan", "infinite"):
+            assert branch == NON_FINITE, name
+            assert made.outs[i].isnan().all(), name
+            assert results[i].isnan().all(), name
+        elif name in ("zero", "vanishing"):
+            assert branch == PASS_THROUGH, name
+            assert torch.equal(made.outs[i], made.weights[i]), name
+            assert torch.equal(results[i], grads[i]), name
+        else:
+            n = iterations
+            if name == "rank one weight":
+                continue
+            layer = forward_layer(made, before, i, n, 1e-12, name)
+            gradient_layer(layer, grads[i], results[i], 0, name)
+        if branch >= PASS_THROUGH:
+            assert torch.equal(made.us[i], before.us[i]), name
+            assert torch.equal(made.vs[i], before.vs[i]), name
+            if iterations:
+                assert torch.equal(made.vectors(i)[0], before.us[i]), name
+                assert torch.equal(made.vectors(i)[1], before.vs[i]), name
+    # F / sigma^2 - 1 cancels where W has rank one: W_hat is W / sigma either way.
+    at = list(cases).index("rank one weight")
+    if iterations:
+        norm = torch.linalg.matrix_norm(made.outs[at].double(), 2).item()
+        assert abs(norm - 1) < 1e-5
+    at = list(cases).index("rank one target")
+    assert not results[at].any()
+
+
+def test_evaluation_with_shrunk_and_negative_vectors():
+    made = Round.make([(torch.randn(40, 96), 0), (torch.randn(20, 27), 0)])
+    for u, v in zip(made.us, made.vs, strict=True):
+        u *= -0.6
+        v *= 0.3
+    check_round(made, 0)
+    assert (made.stats[:, 0] > 0).all()
+
+
+def test_a_repeated_round_has_the_same_bits():
+    made = Round.make([oracle.make_weight(k, (36, 144), torch.float32) for k in oracle.LAYOUTS])
+    made.normalize(1)
+    first, kept = [o.clone() for o in made.outs], made.round_state.clone()
+    for t in (*made.us, *made.vs, *made.outs):
+        t.fill_(math.nan)
+    made.normalize(-1)
+    assert all(torch.equal(a, b) for a, b in zip(first, made.outs, strict=True))
+    assert torch.equal(made.round_state.nan_to_num(), kept.nan_to_num())
+
+
+def test_projection_in_place_equals_the_forward():
+    for dtype in (torch.float32, torch.float16):
+        weights = [oracle.make_weight(k, (36, 144), dtype) for k in oracle.LAYOUTS]
+        made = Round.make(weights)
+        projected = made.copy()
+        projected = projected._replace(outs=projected.weights)
+        made.normalize(1)
+        projected.normalize(1)
+        assert all(torch.equal(a, b) for a, b in zip(made.outs, projected.weights, strict=True))
+
+
+def test_runs_are_bit_identical_whatever_the_number_of_programs(monkeypatch, plans):
+    made = Round.make([(torch.randn(s), 0) for s in SHAPES])
+    grads = [torch.randn_like(w) for w in made.weights]
+    config = launch.device_config
+    results = []
+    for programs in (1, 2, 7):
+        monkeypatch.setattr(
+            launch, "device_config", lambda *a, n=programs: replace(config(*a), programs=n)
+        )
+        launch.plan_for.cache_clear()
+        run = made.copy()
+        for _ in range(2):  # the second launch finds the counters of the first
+            run.normalize(1)
+        results.append((*run.outs, *run.us, *run.vs, *run.gradients(grads, range(len(grads)))))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    assert not any(slot.counters.any() for plan in plans for slot in plan.slots.all())
+
+
+class Ops(TorchDispatchMode):
+    """Names of the tensor operations of a call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="counts the interpreter's launches")
+@pytest.mark.parametrize("iterations", [-1, 0, 1, 2])
+def test_one_launch_each_way_for_any_number_of_layers(iterations, monkeypatch):
+    from triton.runtime.interpreter import InterpretedFunction
+
+    monkeypatch.setattr(torch, "empty", EMPTY)
+    launches = []
+    run = InterpretedFunction.run
+
+    def counted(self, *args, grid, **kwargs):
+        launches.append(grid)
+        with _disable_current_modes():  # the interpreter copies its arguments
+            return run(self, *args, grid=grid, **kwargs)
+
+    monkeypatch.setattr(InterpretedFunction, "run", counted)
+    types = [torch.float32, torch.bfloat16, torch.float16]
+    made = Round.make(
+        [
+            oracle.make_weight(k, (12 + i, 18), types[i % 3])
+            for i, k in enumerate(list(oracle.LAYOUTS) * 2)
+        ]
+    )
+    made.normalize(1)
+    made.normalize(iterations)  # tables and plans stand now
+    launches.clear()
+    with Ops() as seen:
+        made.normalize(iterations)
+    assert len(launches) == 1
+    assert set(seen.names) <= {"aten::empty.memory_format"}, seen.names
+    grads = [torch.randn_like(o) for o in made.outs]
+    results = [nan_like(w) for w in made.weights]
+    arguments = (grads, made.weights, made.round_state, made.stats, results)
+    arguments += (range(len(grads)), made.offsets, made.dims)
+    launch.normalize_backward(*arguments)
+    launches.clear()
+    with Ops() as seen:
+        launch.normalize_backward(*arguments)
+    assert len(launches) == 1
+    assert set(seen.names) <= {"aten::empty.memory_format"}, seen.names
+
+
+def test_the_padding_of_a_rounds_state_stays_untouched():
+    made = Round.make([(torch.randn(3, 5), 0), (torch.randn(7, 9), 0)])
+    made.normalize(1)
+    written = torch.zeros_like(made.round_state, dtype=torch.bool)
+    for (rows, columns), offset in zip([(3, 5), (7, 9)], made.offsets, strict=True):
+        written[offset : offset + rows] = True
+        written[offset + padded(rows) : offset + padded(rows) + columns] = True
+    assert torch.equal(~made.round_state.isnan(), written)
+
+
+def test_through_the_functional_core_with_gradients():
+    weights = [torch.randn(s, device=DEVICE, requires_grad=True) for s in [(40, 27), (16, 8, 3, 3)]]
+    made = Round.make([(w.detach(), 0) for w in weights])
+    outs = functional.stable_rank_normalize(weights, made.us, made.vs, made.ranks, backend="triton")
+    grads = [torch.randn_like(o) for o in outs]
+    results = torch.autograd.grad(outs, weights, grads)
+    for i, (out, result) in enumerate(zip(outs, results, strict=True)):
+        w = oracle.matrix_of(weights[i].cpu(), 0)
+        layer = oracle.normalized(w, made.us[i].cpu(), made.vs[i].cpu(), made.ranks[i])
+        bound = oracle.Bounds(layer, oracle.unit_of(torch.float32)).w_hat(torch.float32)
+        oracle.assert_within(oracle.matrix_of(out.cpu(), 0), layer.w_hat, bound, "W_hat")
+        gradient_layer(layer, grads[i], result, 0, "functional")
+
+
+def test_float64_is_refused_by_name():
+    with pytest.raises(TypeError, match="float64"):
+        w = torch.randn(4, 4, dtype=torch.float64, device=DEVICE)
+        u = torch.ones(4, dtype=torch.float64, device=DEVICE)
+        functional.stable_rank_normalize([w], [u], [u.clone()], [2.0], backend="triton")
+
+
+def test_the_schedules_of_the_tests_reach_every_phase(plans):
+    made = Round.make([(torch.randn(s), 0) for s in [(60, 260), (9, 1100), (40, 27)]])
+    made.normalize(2)
+    (plan,) = plans
+    check(plan.schedule)
+    assert any(c.column_tiles for c in plan.schedule.layers)
+    assert any(not c.column_tiles for c in plan.schedule.layers)
+    assert any(c.first_protected for c in plan.schedule.layers)
+    assert {v[-1] for v in plan.variants.slabs} == {True, False}
