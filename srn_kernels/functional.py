@@ -187,6 +187,15 @@ def _groups(weights: Sequence[Tensor]) -> list[list[int]]:
     return list(groups.values())
 
 
+def _calls(weights: Sequence[Tensor], backend: str) -> list[tuple[list[int], str]]:
+    """The layers of each op call, and the backend that serves it."""
+    return [
+        (group, backends.resolve(backend, weights[i].device.type, state_dtype(weights[i].dtype)))
+        for group in _groups(weights)
+        for i in group[:1]
+    ]
+
+
 def _matrix_shape(weight: Tensor, dim: int) -> tuple[int, int]:
     return weight.shape[dim], weight.numel() // weight.shape[dim]
 
@@ -243,10 +252,7 @@ def stable_rank_normalize(
     )
     refuse_batched(weights)
     outs = [w.to(request.out_dtypes[i]) if w.numel() == 0 else None for i, w in enumerate(weights)]
-    calls = [
-        (group, backends.resolve(backend, weights[group[0]].device.type))
-        for group in _groups(weights)
-    ]
+    calls = _calls(weights, backend)
     for group, name in calls:
         chosen = [w if is_dense(w) else w.contiguous() for w in (weights[i] for i in group)]
         plan = make_plan(
@@ -290,10 +296,7 @@ def stable_rank_project_(
     for i, weight in enumerate(weights):
         if overlaps(weight):
             raise ValueError(f"weights[{i}] overlaps itself in memory and cannot be overwritten")
-    calls = [
-        (group, backends.resolve(backend, weights[group[0]].device.type))
-        for group in _groups(weights)
-    ]
+    calls = _calls(weights, backend)
     with torch.no_grad():
         for group, name in calls:
             dense = [w if is_dense(w) else w.contiguous() for w in (weights[i] for i in group)]

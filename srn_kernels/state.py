@@ -308,7 +308,7 @@ def normalize_entries(
             tuple([constants(e, w) for e, w in zip(chosen, raw, strict=True)]),
             tuple([iterations[i] for i in group]),
             _out_dtypes(chosen, raw, device.type),
-            backends.resolve(backend, device.type),
+            backends.resolve(backend, device.type, state_dtype(raw[0].dtype)),
         )
         if state is None:
             us, vs = [e.u for e in chosen], [e.v for e in chosen]

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import types
 
 import oracle
 import pytest
@@ -67,6 +68,22 @@ def test_a_backend_that_does_not_exist_or_cannot_serve_raises():
             with pytest.raises(RuntimeError, match=re.escape(reason)), srn.use_backend(name):
                 pass
         assert all(map(torch.equal, (u, v), before))
+
+
+def test_auto_passes_by_a_backend_that_lacks_the_dtype_and_a_name_does_not(monkeypatch):
+    narrow = types.SimpleNamespace(**vars(srn.backends.load("reference")))
+    narrow.STATE_DTYPES = frozenset({torch.float32})
+    load = srn.backends.load
+    monkeypatch.setattr(srn.backends, "load", lambda n: narrow if n == "cpu" else load(n))
+    srn.backends._automatic.cache_clear()
+    try:
+        assert srn.backends.resolve("auto", "cpu", torch.float32) == "cpu"
+        with pytest.warns(UserWarning, match="cpu does not serve torch.float64"):
+            assert srn.backends.resolve("auto", "cpu", torch.float64) == "reference"
+        with pytest.raises(TypeError, match=r"'cpu'.*torch\.float64"):
+            srn.backends.resolve("cpu", "cpu", torch.float64)
+    finally:
+        srn.backends._automatic.cache_clear()
 
 
 def test_without_extension_triton_and_numpy_the_reference_serves_and_says_so():

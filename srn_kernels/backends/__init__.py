@@ -1,8 +1,9 @@
 """Which backends are live, and which of them serves a call.
 
 Every backend is a module with the same verbs over tensors it is given (their meaning is in
-:mod:`srn_kernels.ops`): ``normalize``, ``normalize_backward`` and ``unavailable_reason``. "auto"
-is the only name that chooses; a backend asked for by name serves or raises.
+:mod:`srn_kernels.ops`): ``normalize``, ``normalize_backward`` and ``unavailable_reason``; it serves
+the device types in ``DEVICES`` (None: any) and the dtypes of u and v in ``STATE_DTYPES``. "auto" is
+the only name that chooses; a backend asked for by name serves or raises.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import threading
 import warnings
 from collections.abc import Iterator
 from types import ModuleType
+
+import torch
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 _local = threading.local()
@@ -55,28 +58,32 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 @functools.cache
-def _automatic(device_type: str) -> str:
+def _automatic(device_type: str, state_dtype: torch.dtype) -> str:
     # The order of preference on each device; the last one is always live.
     preference = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
     names = preference.get(device_type, ("reference",))
-    for name in names:
-        if load(name).unavailable_reason() is None:
-            break
+    able = [name for name in names if state_dtype in load(name).STATE_DTYPES]
+    name = next(name for name in able if load(name).unavailable_reason() is None)
     if name == "reference" and device_type != "meta":
-        why = "; ".join(f"{n}: {load(n).unavailable_reason()}" for n in names[:-1])
+        reasons = [f"{n}: {load(n).unavailable_reason()}" for n in able[:-1]]
+        reasons += [f"{n} does not serve {state_dtype}" for n in names if n not in able]
         warnings.warn(
-            f"srn_kernels uses the pure PyTorch reference on {device_type} ({why or 'no kernels'})",
+            f"srn_kernels uses the pure PyTorch reference on {device_type} "
+            f"({'; '.join(reasons) or 'no kernels'})",
             stacklevel=2,
         )
     return name
 
 
-def resolve(name: str, device_type: str) -> str:
-    """The backend that serves ``name`` on a device type ("cpu", "cuda", ...)."""
+def resolve(name: str, device_type: str, state_dtype: torch.dtype) -> str:
+    """The backend that serves ``name`` on a device type ("cpu", "cuda", ...) for u, v of a dtype.
+
+    RuntimeError: it is not live, or not for tensors there; TypeError: not for this dtype.
+    """
     if name == "auto":
         name = getattr(_local, "name", "auto")
     if name == "auto":
-        return _automatic(device_type)
+        return _automatic(device_type, state_dtype)
     module = load(check_name(name))
     if reason := module.unavailable_reason():
         raise RuntimeError(f"backend {name!r} is not available: {reason}")
@@ -85,6 +92,8 @@ def resolve(name: str, device_type: str) -> str:
             f"backend {name!r} serves tensors on {', '.join(sorted(module.DEVICES))}, "
             f"got one on {device_type}"
         )
+    if state_dtype not in module.STATE_DTYPES:
+        raise TypeError(f"backend {name!r} does not serve weights whose u and v are {state_dtype}")
     return name
 
 

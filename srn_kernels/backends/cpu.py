@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import torch
+
 DEVICES = frozenset({"cpu"})
+STATE_DTYPES = frozenset({torch.float32, torch.float64})
 
 try:
     from srn_kernels import _C

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import torch
+
 DEVICES = frozenset({"cuda"})
+STATE_DTYPES = frozenset({torch.float32})
 
 
 def unavailable_reason() -> str | None:

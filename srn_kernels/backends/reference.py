@@ -10,6 +10,7 @@ from torch import Tensor
 from srn_kernels import reference
 
 DEVICES = None  # any
+STATE_DTYPES = frozenset({torch.float32, torch.float64})
 
 
 def unavailable_reason() -> str | None:

@@ -19,6 +19,7 @@ else:
     _INTERPRETED = bool(triton.knobs.runtime.interpret)
 
 DEVICES = frozenset({"cuda", "cpu"}) if _INTERPRETED else frozenset({"cuda"})
+STATE_DTYPES = frozenset({torch.float32})  # its kernels accumulate in float32
 
 
 def unavailable_reason() -> str | None:
@@ -32,4 +33,4 @@ def unavailable_reason() -> str | None:
 if _MISSING is None:
     from srn_kernels.backends.triton.launch import normalize, normalize_backward
 
-    __all__ = ["DEVICES", "normalize", "normalize_backward", "unavailable_reason"]
+    __all__ = ["DEVICES", "STATE_DTYPES", "normalize", "normalize_backward", "unavailable_reason"]
