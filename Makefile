@@ -10,6 +10,10 @@ OUT ?= out
 BENCH_ARGS ?=
 TEST_ARGS ?=
 
+# Tests of the Triton kernels in Triton's interpreter; their own file skips without it or a GPU.
+INTERPRETED := tests/test_triton_kernels.py tests/test_traffic.py tests/test_functional.py \
+	-k "triton and not any_scale and not any_layer"
+
 VENV := .venv
 BIN := $(VENV)/bin
 NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/* csrc/cuda/*)
@@ -25,7 +29,7 @@ $(VENV)/created: pyproject.toml
 
 $(VENV)/built: $(VENV)/created setup.py $(NATIVE)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
-		--no-build-isolation --editable ".[lab,bench,test,dev]"
+		--no-build-isolation --editable ".[triton,lab,bench,test,dev]"
 	touch $@
 
 setup: $(VENV)/built
@@ -45,6 +49,9 @@ format: setup
 
 test: lint
 	$(BIN)/python -m pytest --require-backend cpu $(TEST_ARGS)
+ifeq ($(shell uname -s),Linux)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest --require-backend triton $(INTERPRETED)
+endif
 
 bench: setup
 	$(BIN)/python -m benchmarks run $(BENCH_ARGS)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import interpreter
 import pytest
 import torch
 
 import srn_kernels as srn
 from srn_kernels import backends
+from srn_kernels.reference import state_dtype
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -17,24 +19,58 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="fail, instead of skipping its tests, if this backend is not live",
     )
 
+    parser.addoption(
+        "--device",
+        default="cpu",
+        help="where tensors are made; the tests of all backends run those that serve there",
+    )
+
 
 def pytest_configure(config: pytest.Config) -> None:
+    if (device := config.getoption("--device")) != "cpu":
+        torch.set_default_device(device)
+    if "cpu" in backends.load("triton").DEVICES:
+        interpreter.repair()
     live = srn.available_backends()
     for name in config.getoption("--require-backend"):
         if live[name] is not None:
             raise pytest.UsageError(f"backend {name} is required but not live: {live[name]}")
 
 
-def live_backends(device: str = "cpu") -> list:
-    """Parameters for ``pytest.mark.parametrize``: every backend that can serve a device type."""
-    parameters = []
+def serves(backend: str, dtype: torch.dtype) -> bool:
+    """Whether a backend has kernels for weights of a dtype."""
+    return state_dtype(dtype) in backends.load(backend).STATE_DTYPES
+
+
+def live_backends(dtype: torch.dtype | None = None) -> list:
+    """Parameters for ``pytest.mark.parametrize``: every backend for the tests' device.
+
+    Given a dtype, those that serve it; a test parametrised over dtypes leaves out by itself those
+    that its backend does not serve.
+    """
+    parameters, device = [], torch.get_default_device().type
     for name, reason in srn.available_backends().items():
-        devices = backends.load(name).DEVICES
-        if devices is not None and device not in devices:
+        module = backends.load(name)
+        if module.DEVICES is not None and device not in module.DEVICES:
+            continue
+        if dtype is not None and not serves(name, dtype):
             continue
         skip = pytest.mark.skip(reason=f"backend {name} is not live: {reason}")
         parameters.append(pytest.param(name, id=name, marks=[skip] if reason else []))
     return parameters
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out the dtypes that a backend does not serve; test_backends.py has what it says."""
+    chosen, left_out = [], []
+    for item in items:
+        params = item.callspec.params if hasattr(item, "callspec") else {}
+        backend, dtype = params.get("backend"), params.get("dtype")
+        unserved = backend in backends.BACKENDS and dtype and not serves(backend, dtype)
+        (left_out if unserved else chosen).append(item)
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = chosen
 
 
 @pytest.fixture(autouse=True)

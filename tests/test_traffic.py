@@ -108,7 +108,7 @@ class Counted:
 
 
 @pytest.mark.skipif("cpu" not in backend.DEVICES, reason="counts in Triton's interpreter")
-def test_bytes_equal_those_of_the_interpreted_kernels(monkeypatch):
+def test_bytes_equal_those_of_the_triton_kernels(monkeypatch):
     from srn_kernels import ops
     from srn_kernels.backends.triton import launch
 

@@ -77,29 +77,6 @@ def plans(monkeypatch: pytest.MonkeyPatch) -> list[launch.Plan]:
 
 
 @pytest.fixture(autouse=True)
-def quick_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter prepares the language at every call of a device function: once will do."""
-    if not INTERPRETED:
-        return
-    from triton.runtime import interpreter
-
-    run, patched = interpreter.InterpretedFunction.run, set()
-
-    def run_launch(self, *args, **kwargs):
-        patched.clear()
-        return run(self, *args, **kwargs)
-
-    def call(self, *args, **kwargs):
-        if self.fn.__module__ not in patched:
-            interpreter._patch_lang(self.fn)
-            patched.add(self.fn.__module__)
-        return self.rewrite()(*args, **kwargs)
-
-    monkeypatch.setattr(interpreter.InterpretedFunction, "run", run_launch)
-    monkeypatch.setattr(interpreter.InterpretedFunction, "__call__", call)
-
-
-@pytest.fixture(autouse=True)
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     """Workspaces start as NaN: a sum that was not written shows."""
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+from collections.abc import Sequence
+
+import pytest
 import torch
 from torch import Tensor
 
-from srn_kernels.backends.triton.tables import Slot, Slots
+from srn_kernels.backends.triton.tables import SPARE, Slot, Slots
 
 OLD, NEW = (1, 2, 3), (4, 5, 6)
 
@@ -28,18 +33,21 @@ class FakeDevice:
     def __init__(self) -> None:
         self.issued = self.done = 0
         self.current, self.capture = "main", False
-        self.allocated_in_capture = 0
+        self.told: list[tuple[str, int]] = []  # of a stream's use of memory
 
-    def tables(self, words: int, counters: int) -> tuple[Tensor, Tensor, Tensor]:
-        self.allocated_in_capture += self.capture
-        host, device = (torch.zeros(words, dtype=torch.int64) for _ in range(2))
-        return host, device, torch.zeros(counters, dtype=torch.int32)
+    def tables(self, count: int, words: int, counters: int) -> tuple[Tensor, Tensor, Tensor]:
+        assert not self.capture  # CUDA refuses
+        host, device = (torch.zeros(count, words, dtype=torch.int64) for _ in range(2))
+        return host, device, torch.zeros(count, counters, dtype=torch.int32)
 
     def event(self) -> FakeEvent:
         return FakeEvent(self)
 
     def stream(self) -> str:
         return self.current
+
+    def uses(self, tensors: Sequence[Tensor]) -> None:
+        self.told += [(self.current, t.data_ptr()) for t in tensors]
 
     def capturing(self) -> bool:
         return self.capture
@@ -91,13 +99,12 @@ def test_alternating_values_settle_without_uploads():
 
 def test_the_ring_grows_only_while_the_device_is_behind():
     device, slots = made()
-    for i in range(5):
-        launch(slots, (i, i, i))
-    grown = len(slots.all())
-    for i in range(50):
+    behind = 3 * SPARE
+    grown = {id(launch(slots, (i, i, i))) for i in range(behind)}
+    assert len(grown) == behind
+    for i in range(2 * behind):
         device.done = device.issued
-        launch(slots, (i, -i, i))
-    assert len(slots.all()) == grown
+        assert id(launch(slots, (i, -i, i))) in grown
 
 
 def test_two_streams_never_share_counters_in_flight():
@@ -115,13 +122,67 @@ def test_a_captured_launch_keeps_its_slot():
     warm = launch(slots, OLD)
     device.done = device.issued
     device.capture = True
-    captured = launch(slots, OLD)
-    assert device.allocated_in_capture == 0
-    again = launch(slots, OLD)
+    captured = [launch(slots, OLD) for _ in range(SPARE)]
     device.capture = False
-    assert len({id(s) for s in (warm, captured, again)}) == 3
+    assert len({id(s) for s in (warm, *captured)}) == 1 + SPARE
     for i in range(8):
-        assert launch(slots, (i, i, i)) not in (captured, again)
+        assert launch(slots, (i, i, i)) not in captured
         device.done = device.issued
-    assert tuple(captured.host.tolist()) == OLD  # what replays upload again
-    assert captured in slots.all()
+    assert all(tuple(s.host.tolist()) == OLD for s in captured)  # what replays upload again
+
+
+def test_captured_slots_outlive_their_plan():
+    device, slots = made()
+    seen = weakref.ref(slots)
+    launch(slots, OLD)
+    del slots
+    gc.collect()
+    assert seen() is None
+    device, slots = made()
+    seen = weakref.ref(slots)
+    device.capture = True
+    slot = launch(slots, OLD)
+    constants = [weakref.ref(t) for t in slots._constants]
+    del slots
+    gc.collect()
+    assert slot in seen().all()
+    assert all(t() is not None for t in constants)
+
+
+def test_a_capture_beyond_the_spare_slots_says_so():
+    device, slots = made()
+    launch(slots, OLD)
+    device.capture = True
+    with pytest.raises(RuntimeError, match=f"capture {SPARE} rounds"):
+        for i in range(10 * SPARE):
+            launch(slots, (i, i, i))
+
+
+def test_a_slot_whose_launch_failed_is_not_used_again():
+    """Nobody knows what its counters hold."""
+    device, slots = made()
+    launch(slots, OLD)
+    with pytest.raises(KeyboardInterrupt), slots.holding(NEW) as failed:
+        failed.counters[0] = 7
+        raise KeyboardInterrupt
+    device.done = device.issued
+    for i in range(2 * SPARE):
+        slot = launch(slots, NEW if i % 2 else (i, i, i))
+        assert slot is not failed
+        assert not slot.counters.any()
+    assert failed not in slots.all()
+
+
+def test_the_allocator_hears_of_every_stream_before_its_first_launch():
+    device = FakeDevice()
+    tiles = torch.zeros(3)
+    slots = Slots(device, 3, 64, [tiles])
+    launch(slots, OLD)
+    assert not device.told  # memory of the stream it was made on
+    for stream in ("side", "main", "side", "third"):
+        device.current = stream
+        launch(slots, OLD)
+    heard = {stream for stream, at in device.told if at == tiles.data_ptr()}
+    assert heard == {"side", "third"}
+    tables = {t.untyped_storage().data_ptr() for s in slots.all() for t in (s.device, s.counters)}
+    assert tables <= {at for stream, at in device.told if stream == "third"}

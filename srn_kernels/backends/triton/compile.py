@@ -114,11 +114,11 @@ def compile_plan(plan: launch.Plan, architecture: str) -> Any:
         dict(zip(names[len(ARGUMENTS) :], constants, strict=True)),
         {(i,): [["tt.divisibility", 16]] for i in pointers},
     )
-    options = {"num_warps": plan.config.warps}
     if architecture.startswith("gfx"):
-        return triton.compile(source, target=GPUTarget("hip", architecture, 64), options=options)
-    options["maxnreg"] = plan.config.registers
-    return triton.compile(source, target=GPUTarget("cuda", int(architecture), 32), options=options)
+        target = GPUTarget("hip", architecture, 64)
+    else:
+        target = GPUTarget("cuda", int(architecture), 32)
+    return triton.compile(source, target=target, options=plan.options(target.backend))
 
 
 def disassemble(cubin: bytes, *options: str) -> str:

@@ -302,7 +302,8 @@ def _rescale(record, pointers, round_state, stats, index, VARIANTS: tl.constexpr
             here = (r < end)[:, None] & mask[None, :]
             w = tl.load(weight + at, mask=here, other=0.0, eviction_policy="evict_first")
             u = tl.load(u_in + r, mask=r < end, other=0.0, cache_modifier=".cg")
-            w_hat = scale * w.to(tl.float32) + u[:, None] * v[None, :]
+            # Which product is fused must not depend on the block: repeated rounds have equal bits.
+            w_hat = tl.fma(w.to(tl.float32), scale, u[:, None] * v[None, :])
             tl.store(out + at, w_hat.to(OUT_DTYPE), mask=here, eviction_policy="evict_first")
 
 

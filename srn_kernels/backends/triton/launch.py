@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 from array import array
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -93,7 +94,8 @@ class Plan:
         self._upload(layers)
         runtime = HostRuntime() if device.type == "cpu" else CudaRuntime(device)
         counters = (FIRST_COUNTER + len(layers)) * COUNTER_STRIDE
-        self.slots = Slots(runtime, len(layers) * POINTERS, counters)
+        constants = (self.tiles, self.records, *self.column_tables)
+        self.slots = Slots(runtime, len(layers) * POINTERS, counters, constants)
 
     def _variants(self, layers: Sequence[Layer], blocks: Design) -> Variants:
         slabs: dict[tuple[Any, ...], int] = {}
@@ -174,10 +176,14 @@ class Plan:
         words = round_up(2 * slabs, PAD) + round_up(layout.rows, PAD) + columns
         return words + (slabs * columns if partial_sums else 0)
 
+    def options(self, target: str = "cuda") -> dict[str, Any]:
+        """Triton's compiler options."""
+        options = {"num_warps": self.config.warps, "enable_fp_fusion": True}
+        return options if target == "hip" else {**options, "maxnreg": self.config.registers}
+
     def launch(self, values: tuple[int, ...], round_state: Tensor, stats: Tensor) -> None:
         kernel = backward_kernel if self.backward else normalize_kernel
         config, n_tiles = self.config, len(self.schedule.tiles)
-        options = {} if torch.version.hip else {"maxnreg": config.registers}
         scratch = torch.empty(self.scratch_words, dtype=torch.float32, device=self.device)
         with self.slots.holding(values) as slot:
             kernel[(min(config.programs, n_tiles),)](
@@ -192,8 +198,7 @@ class Plan:
                 stats,
                 self.variants.slabs,
                 self.variants.rescales,
-                num_warps=config.warps,
-                **options,
+                **self.options("hip" if torch.version.hip else "cuda"),
             )
 
 
@@ -202,20 +207,11 @@ def plan_for(layers: tuple[Layer, ...], device: torch.device, backward: bool) ->
     return Plan(layers, device, backward)
 
 
-def _check(tensors: Sequence[Tensor], what: str) -> None:
-    for t in tensors:
-        if t.dtype not in DTYPES:
-            raise TypeError(
-                f"the triton backend serves float32, bfloat16 and float16 {what}, got {t.dtype}: "
-                "its kernels accumulate in float32"
-            )
+_interpreter = threading.Lock()  # it patches Triton's language while it runs
 
 
 def _launch(plan: Plan, values: list[int], round_state: Tensor, stats: Tensor) -> None:
-    if plan.device.type == "cuda":
-        with torch.cuda.device(plan.device):
-            plan.launch(tuple(values), round_state, stats)
-    else:
+    with torch.cuda.device(plan.device) if plan.device.type == "cuda" else _interpreter:
         plan.launch(tuple(values), round_state, stats)
 
 
@@ -232,7 +228,6 @@ def normalize(
     dims: Sequence[int],
     eps: Sequence[float],
 ) -> None:
-    _check(weights, "weights")
     ranks, epsilons = (
         array("q", array("d", target_ranks).tobytes()),
         array("q", array("d", eps).tobytes()),
@@ -268,8 +263,6 @@ def normalize_backward(
     offsets: Sequence[int],
     dims: Sequence[int],
 ) -> None:
-    _check(weights, "weights")
-    _check(grads, "gradients")
     layers, values = [], []
     for i, (g, w, out) in enumerate(zip(grads, weights, grad_weights, strict=True)):
         grad_at, at, out_at = g.data_ptr(), w.data_ptr(), out.data_ptr()
