@@ -26,6 +26,7 @@ class Plan(NamedTuple):
     state_size: int
     backend: str
     gradient: str = "frozen"
+    preserve: tuple[int, ...] = ()  # k of each layer; empty: 1 for all, what the kernels serve
 
 
 _BATCHED = (
@@ -105,7 +106,8 @@ class StableRankNormFunction(torch.autograd.Function):
         else:
             round_state = us[0].new_empty(plan.state_size)
             stats = us[0].new_empty((n, len(reference.STATS)), dtype=torch.float64)
-        ops.normalize(
+        normalize = ops.normalize_block if plan.preserve else ops.normalize
+        normalize(
             weights,
             us,
             vs,
@@ -117,7 +119,7 @@ class StableRankNormFunction(torch.autograd.Function):
             plan.iterations,
             plan.dims,
             plan.eps,
-            plan.backend,
+            plan.preserve or plan.backend,
         )
         return (*outs, round_state, stats)
 
@@ -165,16 +167,27 @@ class StableRankNormFunction(torch.autograd.Function):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             # create_graph: the same formula in differentiable operations.
             for i in rows:
-                u, v = reference.round_vectors(
-                    round_state, plan.offsets[i], weights[i], plan.dims[i]
+                result[i] = exact.graphed_gradient(
+                    grads[i], weights[i], round_state, stats[i], plan, i
                 )
-                result[i] = reference.layer_gradient(
-                    grads[i], weights[i], u, v, stats[i], plan.dims[i]
-                )
-                if plan.gradient == "exact":
-                    result[i] = exact.OnceDifferentiable.apply(
-                        result[i], grads[i], weights[i], u, v, stats[i], plan.dims[i]
-                    )
+        elif rows and plan.preserve:
+            chosen = [weights[i] for i in rows]
+            outs = [torch.empty_like(w) for w in chosen]
+            ops.normalize_block_backward(
+                [grads[i] for i in rows],
+                chosen,
+                round_state,
+                stats,
+                outs,
+                rows,
+                [plan.offsets[i] for i in rows],
+                [plan.target_ranks[i] for i in rows],
+                [plan.dims[i] for i in rows],
+                [plan.preserve[i] for i in rows],
+                plan.gradient,
+            )
+            for i, out in zip(rows, outs, strict=True):
+                result[i] = out
         elif rows:
             chosen = [weights[i] for i in rows]
             outs = _new_like(chosen, [w.dtype for w in chosen])

@@ -43,6 +43,13 @@ def _adopt(state_dict: dict[str, Any], prefix: str, name: str, entry: Normalized
         if u.shape == (w.shape[0],):
             v = w.T @ u.to(w.dtype)
             state_dict[key + "_v"] = v / v.norm().clamp_min(1e-30)
+    if u is not None and u.dim() == 1 and entry.u.dim() == 2:
+        # A block that keeps several singular values starts from the one pair there is.
+        for suffix, drawn in zip(("_u", "_v"), entry.drawn_state(), strict=True):
+            single = state_dict.pop(key + suffix, None)
+            if single is not None and single.shape == drawn.shape[:1]:
+                drawn[:, 0] = single
+            getattr(entry, suffix[1:]).copy_(drawn)
     complete = key + "_u" in state_dict and key + "_v" in state_dict
     if not complete:
         for suffix, present in (("_u", entry.u), ("_v", entry.v)):

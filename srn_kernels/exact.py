@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from srn_kernels import reference
+from srn_kernels import block, reference
 from srn_kernels.turning import turning
 
 
@@ -58,20 +58,40 @@ def add_turning(
                 grad_weights[i].add_(part)
 
 
+def graphed_gradient(
+    grad: Tensor, weight: Tensor, round_state: Tensor, stats: Tensor, plan: Any, place: int
+) -> Tensor:
+    """dL/dW of one layer of a round in differentiable operations (create_graph).
+
+    ``plan`` is the round's :class:`srn_kernels.autograd.Plan`, ``place`` the layer's in it.
+    """
+    dim, offset = plan.dims[place], plan.offsets[place]
+    if plan.preserve:
+        k, target_rank = plan.preserve[place], plan.target_ranks[place]
+        rows = weight.shape[dim]
+        size = block.block_size(k, rows, weight.numel() // rows)
+        u, v = block.state_vectors(round_state, offset, weight, dim, size)
+        settled = (weight, u, v, stats, target_rank, dim, k)
+        frozen = block.layer_gradient(grad, *settled, "frozen")
+        if plan.gradient == "frozen":
+            return frozen
+        with torch.no_grad():
+            part = block.layer_gradient(grad, *settled, "exact") - frozen
+        return OnceDifferentiable.apply(frozen, part)
+    u, v = reference.round_vectors(round_state, offset, weight, dim)
+    frozen = reference.layer_gradient(grad, weight, u, v, stats, dim)
+    if plan.gradient == "frozen":
+        return frozen
+    with torch.no_grad():
+        part = turning_part(grad, weight, u, v, stats, dim)
+    return OnceDifferentiable.apply(frozen, part)
+
+
 class OnceDifferentiable(torch.autograd.Function):
-    """The exact gradient from the frozen one, within a graph that may not be used again."""
+    """frozen + part, as a gradient that cannot be differentiated again."""
 
     @staticmethod
-    def forward(
-        frozen: Tensor,
-        grad: Tensor,
-        weight: Tensor,
-        u: Tensor,
-        v: Tensor,
-        stats: Tensor,
-        dim: int,
-    ) -> Tensor:
-        part = turning_part(grad, weight, u, v, stats, dim)
+    def forward(frozen: Tensor, part: Tensor | None) -> Tensor:
         return frozen.clone() if part is None else frozen + part.to(frozen.dtype)
 
     @staticmethod

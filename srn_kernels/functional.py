@@ -12,6 +12,7 @@ from torch import Tensor
 
 from srn_kernels import backends, ops
 from srn_kernels.autograd import Plan, refuse_batched, run_round
+from srn_kernels.block import block_size
 from srn_kernels.reference import state_dtype
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -154,7 +155,13 @@ def _build_plan(
     names: tuple[str, ...],
     backend: str,
     gradient: str = "frozen",
+    preserve: tuple[int, ...] = (),
 ) -> Plan:
+    if preserve:
+        sizes = [block_size(k, *shape) for k, shape in zip(preserve, shapes, strict=True)]
+        shapes = tuple(
+            (n * rows, n * columns) for n, (rows, columns) in zip(sizes, shapes, strict=True)
+        )
     offsets, size = ops.state_layout(shapes)
     return Plan(
         target_ranks,
@@ -167,6 +174,7 @@ def _build_plan(
         size,
         backend,
         gradient,
+        preserve,
     )
 
 

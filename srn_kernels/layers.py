@@ -124,6 +124,7 @@ def stable_rank_norm(
     init_iterations: int = 15,
     backend: str = "auto",
     gradient: str = "frozen",
+    preserve: int = 1,
 ) -> nn.Module:
     """Normalises one parameter of one layer (arXiv 1906.04659, Algorithm 2).
 
@@ -144,6 +145,10 @@ def stable_rank_norm(
         backend: "auto", "reference", "cpu", "triton" or "cuda".
         gradient: "frozen" (u and v held constant, as SN does), or "exact" (they turn with the
             weight; differentiable once); the same at rank_ratio 1.
+        preserve: k, how many singular values keep their ratio to the largest (Theorem 1; fewer
+            where r is too small for k). Above 1 the buffers are blocks, (rows, k) and
+            (columns, k), of at most min(rows, columns) vectors. 0: the nearest matrix of stable
+            rank r, whose spectral norm exceeds 1. Other values than 1 run in plain PyTorch.
 
     Raises:
         ValueError, TypeError: naming the argument; the module is as it was.
@@ -161,6 +166,7 @@ def stable_rank_norm(
             "init_iterations": init_iterations,
             "backend": backend,
             "gradient": gradient,
+            "preserve": preserve,
         },
     )
     if type(module) is _ATTENTION_OUTPUT:
@@ -191,6 +197,7 @@ def spectral_norm(
     init_iterations: int = 15,
     backend: str = "auto",
     gradient: str = "frozen",
+    preserve: int = 1,
 ) -> nn.Module:
     """:func:`stable_rank_norm` with rank_ratio 1, and torch's own order of arguments."""
     return stable_rank_norm(
@@ -204,6 +211,7 @@ def spectral_norm(
         init_iterations=init_iterations,
         backend=backend,
         gradient=gradient,
+        preserve=preserve,
     )
 
 
@@ -257,13 +265,14 @@ def apply_stable_rank_norm(
     init_iterations: int = 15,
     backend: str = "auto",
     gradient: str = "frozen",
+    preserve: int = 1,
 ) -> nn.Module:
     """Normalises every layer of a model, one fused round per forward of ``model``.
 
     Args:
         model: modified in place and returned. Layers that are normalised already stay as they are.
-        rank_ratio, n_power_iterations, eps, dim, stable_rank, init_iterations, backend, gradient:
-            see :func:`stable_rank_norm`.
+        rank_ratio, n_power_iterations, eps, dim, stable_rank, init_iterations, backend, gradient,
+            preserve: see :func:`stable_rank_norm`.
         include, exclude: module names, globs ("blocks.*.conv1"), or a callable
             ``(name, module) -> bool``. A pattern that matches no candidate raises ValueError.
         layer_types: classes in place of Linear, Conv1-3d and ConvTranspose1-3d; recurrent layers,
@@ -283,6 +292,7 @@ def apply_stable_rank_norm(
         "init_iterations": init_iterations,
         "backend": backend,
         "gradient": gradient,
+        "preserve": preserve,
     }
     Settings(**keywords)
     types = LAYER_TYPES if layer_types is None else tuple(layer_types)

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from srn_kernels import backends, exact
+from srn_kernels import backends, block, exact
 from srn_kernels.reference import STATS, padded
 
 _library = torch.library.Library("srn_kernels", "DEF")
@@ -39,6 +39,16 @@ _library.define(
 _library.define(
     "add_turning(Tensor[] grads, Tensor[] weights, Tensor round_state, Tensor stats, "
     "Tensor(a!)[] grad_weights, int[] rows, int[] offsets, int[] dims) -> ()"
+)
+_library.define(
+    "normalize_block(Tensor[] weights, Tensor(a!)[] us, Tensor(b!)[] vs, Tensor(c!)[] outs, "
+    "Tensor(d!) round_state, Tensor(e!) stats, int[] offsets, float[] target_ranks, "
+    "int[] iterations, int[] dims, float[] eps, int[] preserve) -> ()"
+)
+_library.define(
+    "normalize_block_backward(Tensor[] grads, Tensor[] weights, Tensor round_state, Tensor stats, "
+    "Tensor(a!)[] grad_weights, int[] rows, int[] offsets, float[] target_ranks, int[] dims, "
+    "int[] preserve, str gradient) -> ()"
 )
 _library.define(
     "project(Tensor(a!)[] weights, Tensor(b!)[] us, Tensor(c!)[] vs, float[] target_ranks, "
@@ -92,6 +102,64 @@ def _add_turning(grads, weights, round_state, stats, grad_weights, rows, offsets
     exact.add_turning(grads, weights, round_state, stats, grad_weights, rows, offsets, dims)
 
 
+def _normalize_block(
+    weights,
+    us,
+    vs,
+    outs,
+    round_state,
+    stats,
+    offsets,
+    target_ranks,
+    iterations,
+    dims,
+    eps,
+    preserve,
+):
+    block.normalize(
+        weights,
+        us,
+        vs,
+        outs,
+        round_state,
+        stats,
+        offsets,
+        target_ranks,
+        iterations,
+        dims,
+        eps,
+        preserve,
+    )
+
+
+def _normalize_block_backward(
+    grads,
+    weights,
+    round_state,
+    stats,
+    grad_weights,
+    rows,
+    offsets,
+    target_ranks,
+    dims,
+    preserve,
+    gradient,
+):
+    block.normalize_backward(
+        grads,
+        weights,
+        round_state,
+        stats,
+        grad_weights,
+        rows,
+        offsets,
+        target_ranks,
+        dims,
+        preserve,
+        gradient,
+    )
+
+
 def _project(weights, us, vs, target_ranks, iterations, dims, eps, backend):
     shapes = [(w.shape[d], w.numel() // w.shape[d]) for w, d in zip(weights, dims, strict=True)]
     offsets, size = state_layout(shapes)
@@ -108,6 +176,8 @@ for _name, _kernel in (
     ("normalize", _normalize),
     ("normalize_backward", _normalize_backward),
     ("add_turning", _add_turning),
+    ("normalize_block", _normalize_block),
+    ("normalize_block_backward", _normalize_block_backward),
     ("project", _project),
 ):
     _library.impl(_name, _kernel, "CompositeExplicitAutograd")
@@ -116,6 +186,9 @@ for _name, _kernel in (
 project = torch.ops.srn_kernels.project.default
 # What gradient="exact" adds to normalize_backward, for every backend: matrix products alone.
 add_turning = torch.ops.srn_kernels.add_turning.default
+# Layers that keep k != 1 singular values; u and v are (rows, size) and (columns, size) blocks.
+normalize_block = torch.ops.srn_kernels.normalize_block.default
+normalize_block_backward = torch.ops.srn_kernels.normalize_block_backward.default
 
 
 def _undispatched() -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from srn_kernels import rounds
+from srn_kernels import block, rounds
 from srn_kernels.layers import _converged_copy, skipped
 from srn_kernels.reference import STABLE_RANK, matrix, normalize_layer
 from srn_kernels.state import NormalizedWeight
@@ -91,12 +91,18 @@ def _row(entry: NormalizedWeight, note: str) -> LayerReport:
         u, v = _converged_copy(entry) if entry.is_stale() else (entry.u, entry.v)
         weight = entry.matrix_weight()
         dim = entry.settings.dim if entry.weight.dim() > 1 else 0
-        layer = normalize_layer(
-            weight, u, v, entry.target_rank(), 0, entry.settings.eps, dim, torch.float64
-        )
+        settings, k = entry.settings, entry.settings.preserve
+        arguments = (weight, u, v, entry.target_rank(), 0, settings.eps, dim)
+        if k == 1:
+            layer = normalize_layer(*arguments, torch.float64)
+        else:
+            layer = block.normalize_layer(*arguments, k, torch.float64)
+            kept = f"keeps the top {int(layer.stats[7])} of preserve={k}; plain PyTorch (reference)"
+            note = f"{note}; {kept}" if note else kept
         sigma, frobenius_sq, _, gamma, *_ = layer.stats.tolist()
         w_hat = matrix(layer.weight, dim)
-        own_sigma = torch.dot(layer.u.double(), w_hat @ layer.v.double()).item()
+        u, v = (x.reshape(len(x), -1)[:, 0] for x in (layer.u, layer.v))
+        own_sigma = (u.double() @ w_hat @ v.double()).item()
         normalized = w_hat.square().sum().item() / own_sigma**2 if own_sigma else 0.0
     return LayerReport(
         name=entry.label,

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from srn_kernels import backends
 from srn_kernels.autograd import Plan, RoundRecord, refuse_batched, run_round
+from srn_kernels.block import block_size
 from srn_kernels.functional import (
     FLOATING,
     check_count,
@@ -40,6 +41,7 @@ class Settings:
     init_iterations: int = 15
     backend: str = "auto"
     gradient: str = "frozen"
+    preserve: int = 1
 
     def __post_init__(self) -> None:
         check_ratio(self.rank_ratio)
@@ -54,6 +56,12 @@ class Settings:
         check_eps(self.eps)
         backends.check_name(self.backend)
         check_gradient(self.gradient)
+        check_count(self.preserve, "preserve", 0)
+        if self.preserve != 1 and self.backend not in ("auto", "reference"):
+            raise ValueError(
+                f"preserve={self.preserve} is served by plain PyTorch, backend 'auto' or "
+                f"'reference', not by {self.backend!r}"
+            )
 
     def target_rank(self, rows: int, columns: int) -> float:
         """The stable rank r to keep below; inf means spectral normalisation alone."""
@@ -189,14 +197,17 @@ class NormalizedWeight:
                 other._buffers[other_name + suffix] = module._buffers[name + suffix]
 
     def drawn_state(self) -> tuple[Tensor, Tensor]:
-        """Unit u, v from a draw that depends on the label and shape alone."""
+        """u (rows,) and v (columns,) of norm 1, or blocks (rows, size), (columns, size) that keep
+        several singular values, from a draw that depends on the label and shape alone."""
         weight = self.weight
         generator = torch.Generator().manual_seed(
             zlib.crc32(f"{self.label}:{tuple(weight.shape)}".encode())
         )
         dtype = state_dtype(weight.dtype)
         rows, columns = self.matrix_shape()
-        drawn = [torch.randn(n, generator=generator, dtype=torch.float64) for n in (rows, columns)]
+        size = block_size(self.settings.preserve, rows, columns)
+        shapes = [(n,) if size == 1 else (n, size) for n in (rows, columns)]
+        drawn = [torch.randn(n, generator=generator, dtype=torch.float64) for n in shapes]
         return tuple((x / x.norm()).to(dtype).to(weight.device) for x in drawn)
 
 
@@ -252,6 +263,7 @@ def _build_plan(
         tuple(c.label for c in layers),
         backend,
         layers[0].settings.gradient,
+        () if layers[0].settings.preserve == 1 else tuple(c.settings.preserve for c in layers),
     )
 
 
@@ -294,14 +306,16 @@ def normalize_entries(
     constants, plan_for = (LayerConstants, _build_plan) if compiling else (_constants, _cached_plan)
     weights = [module._parameters[name] for module, name in [e.sites[0] for e in entries]]
     refuse_batched(weights)
-    # One call takes one device, one state dtype, one backend and one kind of gradient.
+    # One call takes one device, state dtype, backend, kind of gradient and kind of state.
     groups: dict[Any, list[int]] = {}
     for i, weight in enumerate(weights):
         settings = entries[i].settings
-        key = weight.device, weight.dtype == torch.float64, settings.backend, settings.gradient
+        block = settings.preserve != 1
+        backend = "reference" if block else settings.backend
+        key = weight.device, weight.dtype == torch.float64, backend, settings.gradient, block
         groups.setdefault(key, []).append(i)
     outs: list[Any] = [None] * len(entries)
-    for (device, _, backend, _), group in groups.items():
+    for (device, _, backend, *_), group in groups.items():
         chosen = [entries[i] for i in group]
         raw = [weights[i] for i in group]
         plan = plan_for(
