@@ -22,13 +22,17 @@ from srn_kernels.layers import (
     spectral_norm,
     stable_rank_norm,
 )
+from srn_kernels.operator_norm import operator_norm
 from srn_kernels.parametrization import StableRankNorm
-from srn_kernels.report import Report, report
+from srn_kernels.projection import Projection, project_after_step
+from srn_kernels.report import History, Report, report
 from srn_kernels.rounds import shared_round
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "History",
+    "Projection",
     "Report",
     "StableRankNorm",
     "StableRankNormFunction",
@@ -42,6 +46,8 @@ __all__ = [
     "is_normalized",
     "linalg",
     "normalized_weight",
+    "operator_norm",
+    "project_after_step",
     "reference",
     "refresh",
     "remove_stable_rank_norm",

@@ -250,50 +250,22 @@ def _matcher(pattern: Pattern, argument: str) -> tuple[Callable[[str, nn.Module]
 _KEYWORDS = {f.name for f in fields(Settings)}
 
 
-def apply_stable_rank_norm(
+def select(
     model: nn.Module,
-    rank_ratio: float = 0.7,
+    keywords: Mapping[str, Any],
     *,
-    include: Pattern = None,
-    exclude: Pattern = None,
-    layer_types: Sequence[type] | None = None,
-    overrides: Mapping[str, Mapping[str, Any]] | None = None,
-    n_power_iterations: int = 1,
-    eps: float = 1e-12,
-    dim: int | None = None,
-    stable_rank: float | None = None,
-    init_iterations: int = 15,
-    backend: str = "auto",
-    gradient: str = "frozen",
-    preserve: int = 1,
-) -> nn.Module:
-    """Normalises every layer of a model, one fused round per forward of ``model``.
+    dim: int | None,
+    include: Pattern,
+    exclude: Pattern,
+    layer_types: Sequence[type] | None,
+    overrides: Mapping[str, Mapping[str, Any]] | None,
+) -> tuple[list[NormalizedWeight], list[tuple[str, str]]]:
+    """The entries that :func:`apply_stable_rank_norm` would add, and what it would skip and why.
 
-    Args:
-        model: modified in place and returned. Layers that are normalised already stay as they are.
-        rank_ratio, n_power_iterations, eps, dim, stable_rank, init_iterations, backend, gradient,
-            preserve: see :func:`stable_rank_norm`.
-        include, exclude: module names, globs ("blocks.*.conv1"), or a callable
-            ``(name, module) -> bool``. A pattern that matches no candidate raises ValueError.
-        layer_types: classes in place of Linear, Conv1-3d and ConvTranspose1-3d; recurrent layers,
-            Embedding and MultiheadAttention (its input projections) by asking.
-        overrides: {name or glob: {keyword: value}} for single layers; later entries win.
-
-    Raises:
-        ValueError, TypeError: naming the argument or layer; the model is as it was.
+    The model is not touched.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
-    keywords = {
-        "rank_ratio": rank_ratio,
-        "stable_rank": stable_rank,
-        "n_power_iterations": n_power_iterations,
-        "eps": eps,
-        "init_iterations": init_iterations,
-        "backend": backend,
-        "gradient": gradient,
-        "preserve": preserve,
-    }
     Settings(**keywords)
     types = LAYER_TYPES if layer_types is None else tuple(layer_types)
     if not types or not all(isinstance(t, type) for t in types):
@@ -370,9 +342,61 @@ def apply_stable_rank_norm(
     for argument, left in unmatched.items():
         if left and (argument != "include" or include is not None):
             raise ValueError(f"{argument}: nothing matches {sorted(left)}")
+    return list(entries.values()), skipped
 
+
+def apply_stable_rank_norm(
+    model: nn.Module,
+    rank_ratio: float = 0.7,
+    *,
+    include: Pattern = None,
+    exclude: Pattern = None,
+    layer_types: Sequence[type] | None = None,
+    overrides: Mapping[str, Mapping[str, Any]] | None = None,
+    n_power_iterations: int = 1,
+    eps: float = 1e-12,
+    dim: int | None = None,
+    stable_rank: float | None = None,
+    init_iterations: int = 15,
+    backend: str = "auto",
+    gradient: str = "frozen",
+    preserve: int = 1,
+) -> nn.Module:
+    """Normalises every layer of a model, one fused round per forward of ``model``.
+
+    Args:
+        model: modified in place and returned. Layers that are normalised already stay as they are.
+        rank_ratio, n_power_iterations, eps, dim, stable_rank, init_iterations, backend, gradient,
+            preserve: see :func:`stable_rank_norm`.
+        include, exclude: module names, globs ("blocks.*.conv1"), or a callable
+            ``(name, module) -> bool``. A pattern that matches no candidate raises ValueError.
+        layer_types: classes in place of Linear, Conv1-3d and ConvTranspose1-3d; recurrent layers,
+            Embedding and MultiheadAttention (its input projections) by asking.
+        overrides: {name or glob: {keyword: value}} for single layers; later entries win.
+
+    Raises:
+        ValueError, TypeError: naming the argument or layer; the model is as it was.
+    """
+    keywords = {
+        "rank_ratio": rank_ratio,
+        "stable_rank": stable_rank,
+        "n_power_iterations": n_power_iterations,
+        "eps": eps,
+        "init_iterations": init_iterations,
+        "backend": backend,
+        "gradient": gradient,
+        "preserve": preserve,
+    }
+    added, skipped = select(
+        model,
+        keywords,
+        dim=dim,
+        include=include,
+        exclude=exclude,
+        layer_types=layer_types,
+        overrides=overrides,
+    )
     this = rounds.round_of(model)
-    added = list(entries.values())
     for entry in added:
         _attach(entry)
     _hook_readers(model)

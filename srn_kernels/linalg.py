@@ -109,12 +109,10 @@ def stable_rank(W: Tensor) -> Tensor:
 
 
 def _orthonormal(x: Tensor, against: Tensor | None = None) -> Tensor:
-    """An orthonormal basis of x's columns, orthogonal to the columns of ``against``."""
-    for _ in range(1 if against is None else 2):
-        if against is not None:
-            x = x - against @ (against.mT @ x)
-        x = torch.linalg.qr(x).Q
-    return x
+    """An orthonormal basis of x's columns, without their part along those of ``against``."""
+    if against is not None:
+        x = x - against @ (against.mT @ x)
+    return torch.linalg.qr(x).Q
 
 
 def _ritz(w: Tensor, basis: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -130,19 +128,22 @@ def _residual(w: Tensor, u: Tensor, s: Tensor, v: Tensor) -> Tensor:
     return torch.maximum(one, other)
 
 
-def _power(w: Tensor, k: int, iterations: int, tol: float) -> TopSingular:
-    """Block power iteration on W^T W of a (..., tall or square) matrix, from a fixed start.
+def power_triples(
+    w: Any, k: int, iterations: int, tol: float, oversampling: int = _OVERSAMPLING
+) -> TopSingular:
+    """Block power iteration on W^T W from a fixed start, best for columns <= rows.
+
+    w: a tensor (..., rows, columns), or a linear operator with shape, dtype, device, mT and @.
 
     A sweep keeps the blocks of its power steps and projects W on all of them (Rayleigh-Ritz on a
     block Krylov space): the best combination of the steps instead of the last one.
     """
     columns = w.shape[-1]
-    block = min(columns, k + _OVERSAMPLING)
+    block = min(columns, k + oversampling)
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(columns, block, generator=generator, dtype=torch.float64)
-    x = torch.linalg.qr(start).Q.to(w).expand(*w.shape[:-2], columns, block)
-    # W v is off by about the unit roundoff times |W|_F for a unit v.
-    rounding = 4 * torch.finfo(w.dtype).eps * torch.linalg.matrix_norm(w)
+    x = torch.linalg.qr(start).Q.to(w.device, w.dtype).expand(*w.shape[:-2], columns, block)
+    frobenius = torch.linalg.matrix_norm(w) if isinstance(w, Tensor) else None
     done, before = 0, torch.inf
     while True:
         basis = x
@@ -150,8 +151,12 @@ def _power(w: Tensor, k: int, iterations: int, tol: float) -> TopSingular:
         for _ in range(steps - 1):
             x = _orthonormal(w.mT @ (w @ x), basis)
             basis = torch.cat([basis, x], -1)
+        if steps > 1:  # orthonormal to rounding, also where the power steps ran out of directions
+            basis = _orthonormal(basis)
         u, s, v = _ritz(w, basis, block)
         done += steps
+        # W v is off by about the unit roundoff times |W|_F for a unit v.
+        rounding = 4 * torch.finfo(w.dtype).eps * (s[..., 0] if frobenius is None else frobenius)
         residual = _residual(w, u[..., :k], s[..., :k], v[..., :k])
         worst = residual.amax(-1)
         met = worst <= torch.maximum(tol * s[..., 0], rounding)
@@ -176,8 +181,8 @@ def _top(w: Tensor, k: int, method: str, iterations: int, tol: float) -> TopSing
             u, s, vh = torch.linalg.svd(w, full_matrices=False)
             return TopSingular(u[..., :k], s[..., :k], vh.mT[..., :k])
         if w.shape[-2] >= w.shape[-1]:
-            return _power(w, k, iterations, tol)
-        found = _power(w.mT, k, iterations, tol)
+            return power_triples(w, k, iterations, tol)
+        found = power_triples(w.mT, k, iterations, tol)
         turned = TopSingular(found.V, found.S, found.U)
         turned.__dict__.update(found.__dict__)
         return turned

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from srn_kernels import block, rounds
-from srn_kernels.layers import _converged_copy, skipped
+from srn_kernels.layers import _converged_copy, current_weights, skipped
+from srn_kernels.operator_norm import LAYERS, input_shapes, operator_norm
 from srn_kernels.reference import STABLE_RANK, matrix, normalize_layer
 from srn_kernels.state import NormalizedWeight
 
@@ -28,6 +29,8 @@ class LayerReport:
     gamma: float  # factor of the part beside u v^T; 1 where the constraint does nothing
     active: bool  # whether the stable-rank constraint changes this weight
     note: str = ""
+    # The norm of W_hat as a convolution on its input's size, its largest if there are several.
+    operator_norm: float | None = None
 
 
 class Report:
@@ -53,16 +56,19 @@ class Report:
         }
 
     def __str__(self) -> str:
-        names = [f.name for f in fields(LayerReport)]
-        table = [["layer", *names[1:]]]
+        names = [f.name for f in fields(LayerReport)][:9]
+        measured = any(row.operator_norm is not None for row in self.rows)
+        table = [["layer", *names[1:8], *(["operator_norm"] if measured else []), names[8]]]
         for row in self.rows:
             cells = [
                 row.name,
                 f"{row.shape[0]}x{row.shape[1]}",
                 *(f"{getattr(row, n):.4g}" for n in names[2:7]),
                 "yes" if row.active else "no",
-                row.note,
             ]
+            if measured:
+                cells.append("" if row.operator_norm is None else f"{row.operator_norm:.4g}")
+            cells.append(row.note)
             table.append(cells)
         widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
         lines = ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) for line in table]
@@ -117,12 +123,31 @@ def _row(entry: NormalizedWeight, note: str) -> LayerReport:
     )
 
 
-def report(model: nn.Module) -> Report:
+def _operator_norm(entry: NormalizedWeight, shapes: Mapping[int, set[Any]]) -> float | None:
+    with torch.no_grad():
+        (w_hat,) = current_weights([entry])
+    norms = [
+        operator_norm(module, shape, w_hat, output_size=size)
+        for module, name in entry.sites
+        if name == "weight" and isinstance(module, LAYERS)
+        for shape, size in shapes.get(id(module), ())
+    ]
+    return max(norms, default=None)
+
+
+def report(model: nn.Module, input_shape: Sequence[int] | None = None) -> Report:
     """One row for each normalised parameter of ``model``; no state changes.
 
     sigma is the estimate u^T W v that the layers use (converged first, on a copy, where the weight
     was replaced), and the stable ranks are relative to it. Layers of the model's round that are no
-    longer part of the model are listed with a note. ValueError if nothing is normalised.
+    longer part of the model are listed with a note.
+
+    With ``input_shape``, the shape of the model's input (with or without a batch dimension), a copy
+    of the model is run once on zeros, and the rows of linear layers and convolutions also get the
+    norm of W_hat as an operator on the inputs that they then see: a matrix norm of 1 does not make
+    a convolution 1-Lipschitz.
+
+    Raises ValueError if nothing is normalised, or if the model does not run on ``input_shape``.
     """
     present = rounds.entries_of(model)
     this = model.__dict__.get(rounds.ROUND)
@@ -131,5 +156,65 @@ def report(model: nn.Module) -> Report:
     if not present and not gone:
         raise ValueError(f"model: no normalised layer in {type(model).__name__}")
     rows = [_row(e, "") for e in present]
+    if input_shape is not None:
+        layers = [module for e in present for module, name in e.sites if name == "weight"]
+        shapes = input_shapes(model, layers, input_shape)
+        rows = [
+            replace(row, operator_norm=_operator_norm(e, shapes))
+            for e, row in zip(present, rows, strict=True)
+        ]
     rows += [_row(e, "replaced: no longer part of the model") for e in gone]
     return Report(rows, skipped(model))
+
+
+class History:
+    """A callback that returns, and keeps, what the last round did to each layer.
+
+    ``history = History(model)``; call ``history()`` after a step and hand the numbers to a logger:
+    {name: {"sigma", "stable_rank", "normalized_stable_rank", "gamma", "active"}}, relative to the
+    u, v of that round as in :func:`report`. After an eager forward nothing is computed, only the
+    round's scalars are fetched; weights that no eager round has seen (compiled models) are looked
+    at as :func:`report` does. ``rows`` keeps every result. Raises ValueError if nothing is
+    normalised.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        if not rounds.entries_of(model):
+            raise ValueError(f"model: no normalised layer in {type(model).__name__}")
+        self.model = model
+        self.rows: list[dict[str, dict[str, float]]] = []
+
+    def __call__(self) -> dict[str, dict[str, float]]:
+        entries = rounds.entries_of(self.model)
+        records = {id(e.record[0]): e.record[0] for e in entries if e.record is not None}
+        stats = {key: record.stats.tolist() for key, record in records.items()}
+        row = {}
+        for entry in entries:
+            if entry.record is not None:
+                record, place = entry.record
+                row[entry.label] = _numbers(stats[id(record)][place], entry.target_rank())
+                continue
+            seen = _row(entry, "")
+            row[entry.label] = {
+                "sigma": seen.sigma,
+                "stable_rank": seen.stable_rank,
+                "normalized_stable_rank": seen.normalized_stable_rank,
+                "gamma": seen.gamma,
+                "active": float(seen.active),
+            }
+        self.rows.append(row)
+        return row
+
+
+def _numbers(stats: Sequence[float], target_rank: float) -> dict[str, float]:
+    sigma, frobenius_sq, _, gamma, _, _, branch, _ = stats
+    rank = frobenius_sq / sigma**2 if sigma else 0.0
+    active = branch == STABLE_RANK
+    return {
+        "sigma": sigma,
+        "stable_rank": rank,
+        # |W_hat|_F^2 = r exactly where the constraint acts, and W / sigma has W's otherwise.
+        "normalized_stable_rank": target_rank if active else rank,
+        "gamma": gamma,
+        "active": float(active),
+    }

@@ -351,6 +351,21 @@ def test_power_is_deterministic_and_never_decomposes_w(monkeypatch: pytest.Monke
         linalg.nearest_with_stable_rank(w, 5.0, 2, method="svd")
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_the_power_space_of_a_low_rank_matrix_runs_out(dtype: torch.dtype) -> None:
+    """Then the block Krylov space has no further directions, and zero columns to orthogonalise."""
+    for rows, columns in ((120, 80), (80, 120), (64, 64)):
+        for s in ([1.0], [1.0, 1.0, 0.5], [1.0, 0.1, 1e-3, 1e-3]):
+            for w in (spectrum(s, rows, columns, dtype), torch.eye(rows, columns, dtype=dtype)):
+                for k in (1, 4):
+                    found = linalg.top_singular(w, k)
+                    assert found.converged
+                    assert ((found.S.double() - values(w)[:k]).abs() <= found.residual).all()
+                    for basis in (found.U, found.V):
+                        off = basis.T @ basis - torch.eye(k, dtype=dtype)
+                        assert off.abs().max() <= 50 * torch.finfo(dtype).eps
+
+
 def test_iterations_and_tolerance_are_kept() -> None:
     w = spectrum(torch.linspace(1, 0.99, 200), 220, 200)
     few, many = linalg.top_singular(w, 2, iterations=3), linalg.top_singular(w, 2, tol=1e-9)
