@@ -60,7 +60,7 @@ class RoundRecord:
         return [r for r in alive if r is not None and not r.backward_seen]
 
 
-def _plain_eager() -> bool:
+def plain_eager() -> bool:
     """Neither compiling nor under a torch.func transform."""
     return (
         not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is None
@@ -134,7 +134,7 @@ class StableRankNormFunction(torch.autograd.Function):
         ctx.state_arguments = len(tensors) - len(weights)
         # Saved tensors die with the first backward; a round may be reached by several (D(real) and
         # D(fake)), so in eager mode the node itself keeps them and checks their versions.
-        ctx.kept = _plain_eager()
+        ctx.kept = plain_eager()
         if ctx.kept:
             ctx.tensors = (*weights, round_state, stats)
             ctx.versions = [-1 if w.is_inference() else w._version for w in weights]
@@ -235,7 +235,7 @@ def run_round(plan: Plan, record: RoundRecord | None, *tensors: Tensor) -> tuple
     """:class:`StableRankNormFunction`, or its forward alone where nothing wants a gradient."""
     weights = tensors[: len(plan.dims)]
     if torch.is_grad_enabled() and any(w.requires_grad for w in weights):
-        if _plain_eager():
+        if plain_eager():
             # Function.apply would inspect forward's signature on every call, for 60 us.
             return super(torch.autograd.Function, StableRankNormFunction).apply(
                 plan, record, *tensors

@@ -36,6 +36,8 @@ def _adopt(state_dict: dict[str, Any], prefix: str, name: str, entry: Normalized
             _move(state_dict, f"{container}0.{suffix}", key + suffix)
     if key not in state_dict:
         return
+    if entry.settings.gain:  # formats without one leave it as it is
+        state_dict.setdefault(key + "_gain", entry.gain.detach())
     weight, u = state_dict[key], state_dict.get(key + "_u")
     if u is not None and key + "_v" not in state_dict and not weight.is_meta and weight.dim() > 1:
         # Legacy version 0 kept u alone: v = W^T u / |W^T u|.

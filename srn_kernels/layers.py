@@ -77,10 +77,10 @@ def _prepare(
         )
     weight = module._parameters[name]
     check_weight(weight, label)
-    for suffix in ("_u", "_v"):
+    settings = Settings(dim=_resolve_dim(module, weight, dim, label), **keywords)
+    for suffix in ("_u", "_v", "_gain") if settings.gain else ("_u", "_v"):
         if hasattr(module, name + suffix):
             raise ValueError(f"{type(module).__name__} has an attribute {name + suffix!r} already")
-    settings = Settings(dim=_resolve_dim(module, weight, dim, label), **keywords)
     return NormalizedWeight(module, name, label, settings)
 
 
@@ -88,6 +88,8 @@ def _attach(entry: NormalizedWeight, state: tuple[Tensor, Tensor] | None = None)
     """Gives every site of a prepared entry its buffers and hooks."""
     entry.set_state(*(state or entry.drawn_state()))
     entry.unset = state is None
+    if entry.settings.gain:
+        entry.set_gain(nn.Parameter(entry.weight.detach().new_ones(1)))
     _wrapped[entry.weight] = True
     for module, name in entry.sites:
         module.__dict__.setdefault(KEY, {})[name] = entry
@@ -105,6 +107,8 @@ def _detach(entry: NormalizedWeight) -> None:
         for suffix in ("_u", "_v"):
             module._buffers.pop(name + suffix, None)
             module._non_persistent_buffers_set.discard(name + suffix)
+        if entry.settings.gain:
+            module._parameters.pop(name + "_gain", None)
         if not entries:
             module.__dict__.pop(KEY, None)
             module.__dict__.pop("_apply", None)
@@ -125,6 +129,9 @@ def stable_rank_norm(
     backend: str = "auto",
     gradient: str = "frozen",
     preserve: int = 1,
+    sigma_max: float | None = None,
+    grad_through_sigma: bool = True,
+    gain: bool = False,
 ) -> nn.Module:
     """Normalises one parameter of one layer (arXiv 1906.04659, Algorithm 2).
 
@@ -149,6 +156,11 @@ def stable_rank_norm(
             where r is too small for k). Above 1 the buffers are blocks, (rows, k) and
             (columns, k), of at most min(rows, columns) vectors. 0: the nearest matrix of stable
             rank r, whose spectral norm exceeds 1. Other values than 1 run in plain PyTorch.
+        sigma_max: s, a soft bound in place of spectral norm 1: sigma W_hat / max(1, sigma / s), so
+            that a weight with sigma <= s keeps its norm (and at rank_ratio 1 stays as it is).
+        grad_through_sigma: whether the gradient goes through the divisor max(1, sigma / s).
+        gain: multiplies W_hat by a learnable Parameter ``<name>_gain`` (1,), 1 at first, which the
+            layer gains; create the optimiser afterwards.
 
     Raises:
         ValueError, TypeError: naming the argument; the module is as it was.
@@ -167,6 +179,9 @@ def stable_rank_norm(
             "backend": backend,
             "gradient": gradient,
             "preserve": preserve,
+            "sigma_max": sigma_max,
+            "grad_through_sigma": grad_through_sigma,
+            "gain": gain,
         },
     )
     if type(module) is _ATTENTION_OUTPUT:
@@ -198,6 +213,9 @@ def spectral_norm(
     backend: str = "auto",
     gradient: str = "frozen",
     preserve: int = 1,
+    sigma_max: float | None = None,
+    grad_through_sigma: bool = True,
+    gain: bool = False,
 ) -> nn.Module:
     """:func:`stable_rank_norm` with rank_ratio 1, and torch's own order of arguments."""
     return stable_rank_norm(
@@ -212,6 +230,9 @@ def spectral_norm(
         backend=backend,
         gradient=gradient,
         preserve=preserve,
+        sigma_max=sigma_max,
+        grad_through_sigma=grad_through_sigma,
+        gain=gain,
     )
 
 
@@ -361,13 +382,16 @@ def apply_stable_rank_norm(
     backend: str = "auto",
     gradient: str = "frozen",
     preserve: int = 1,
+    sigma_max: float | None = None,
+    grad_through_sigma: bool = True,
+    gain: bool = False,
 ) -> nn.Module:
     """Normalises every layer of a model, one fused round per forward of ``model``.
 
     Args:
         model: modified in place and returned. Layers that are normalised already stay as they are.
         rank_ratio, n_power_iterations, eps, dim, stable_rank, init_iterations, backend, gradient,
-            preserve: see :func:`stable_rank_norm`.
+            preserve, sigma_max, grad_through_sigma, gain: see :func:`stable_rank_norm`.
         include, exclude: module names, globs ("blocks.*.conv1"), or a callable
             ``(name, module) -> bool``. A pattern that matches no candidate raises ValueError.
         layer_types: classes in place of Linear, Conv1-3d and ConvTranspose1-3d; recurrent layers,
@@ -386,6 +410,9 @@ def apply_stable_rank_norm(
         "backend": backend,
         "gradient": gradient,
         "preserve": preserve,
+        "sigma_max": sigma_max,
+        "grad_through_sigma": grad_through_sigma,
+        "gain": gain,
     }
     added, skipped = select(
         model,
@@ -457,6 +484,10 @@ def _merge(first: NormalizedWeight, other: NormalizedWeight) -> None:
         module.__dict__[KEY][name] = first
         first.sites.append((module, name))
     first.share_state()
+    for module, name in other.sites:
+        module._parameters.pop(name + "_gain", None)
+    if first.settings.gain:
+        first.set_gain(first.gain)
 
 
 # --- taking it off, and looking at it ------------------------------------------------------------

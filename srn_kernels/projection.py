@@ -14,6 +14,8 @@ from srn_kernels.layers import Pattern, select
 from srn_kernels.reference import state_dtype
 from srn_kernels.state import NormalizedWeight
 
+_MEANINGLESS = {"gradient", "preserve", "sigma_max", "grad_through_sigma", "gain"}
+
 
 class Projection:
     """What :func:`project_after_step` returns: the projected weights with their u and v."""
@@ -163,7 +165,7 @@ def project_after_step(
         overrides=overrides,
     )
     for values in (overrides or {}).values():
-        if kept := set(values) & {"gradient", "preserve"}:
+        if kept := set(values) & _MEANINGLESS:
             raise ValueError(f"overrides: {sorted(kept)} have no meaning for a projection")
     wrapped = [name for name, reason in skipped if "normalised" in reason]
     if wrapped:

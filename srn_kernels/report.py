@@ -105,6 +105,9 @@ def _row(entry: NormalizedWeight, note: str) -> LayerReport:
             layer = block.normalize_layer(*arguments, k, torch.float64)
             kept = f"keeps the top {int(layer.stats[7])} of preserve={k}; plain PyTorch (reference)"
             note = f"{note}; {kept}" if note else kept
+        factors = [f"sigma_max={settings.sigma_max:g}"] if settings.sigma_max else []
+        factors += [f"gain {entry.gain.item():.4g}"] if settings.gain else []
+        note = "; ".join([*([note] if note else []), *factors])
         sigma, frobenius_sq, _, gamma, *_ = layer.stats.tolist()
         w_hat = matrix(layer.weight, dim)
         u, v = (x.reshape(len(x), -1)[:, 0] for x in (layer.u, layer.v))

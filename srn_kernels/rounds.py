@@ -54,7 +54,7 @@ class Activation:
 
     def install(self, outs: Sequence[Tensor]) -> None:
         self.outs = list(outs)
-        self.versions = [_version(e.weight) for e in self.entries]
+        self.versions = [_version(e) for e in self.entries]
         for entry, out in zip(self.entries, outs, strict=True):
             entry.active = self
             _shadow(entry, out)
@@ -62,14 +62,12 @@ class Activation:
     def lacks_graph(self) -> bool:
         """Whether gradients are wanted now that this W_hat cannot deliver."""
         return torch.is_grad_enabled() and any(
-            e.weight.requires_grad and not out.requires_grad
+            e.wants_gradient() and not out.requires_grad
             for e, out in zip(self.entries, self.outs, strict=True)
         )
 
     def outdated(self) -> bool:
-        return any(
-            _version(e.weight) != v for e, v in zip(self.entries, self.versions, strict=True)
-        )
+        return any(_version(e) != v for e, v in zip(self.entries, self.versions, strict=True))
 
     def leave(self) -> None:
         self.users -= 1
@@ -81,8 +79,11 @@ class Activation:
                 _unshadow(entry)
 
 
-def _version(weight: Tensor) -> int:
-    return -1 if weight.is_inference() else weight._version
+def _version(entry: NormalizedWeight) -> int:
+    weight = entry.weight
+    if weight.is_inference():
+        return -1
+    return weight._version + (entry.gain._version if entry.settings.gain else 0)
 
 
 def _shadow(entry: NormalizedWeight, out: Tensor) -> None:

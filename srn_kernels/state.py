@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from srn_kernels import backends
-from srn_kernels.autograd import Plan, RoundRecord, refuse_batched, run_round
-from srn_kernels.block import block_size
+from srn_kernels.autograd import Plan, RoundRecord, plain_eager, refuse_batched, run_round
+from srn_kernels.block import block_size, state_vectors
+from srn_kernels.bound import bounded
 from srn_kernels.functional import (
     FLOATING,
     check_count,
@@ -24,7 +25,7 @@ from srn_kernels.functional import (
     is_dense,
     make_plan,
 )
-from srn_kernels.reference import state_dtype
+from srn_kernels.reference import round_vectors, state_dtype
 
 KEY = "_srn"  # module.__dict__[KEY]: {parameter name: NormalizedWeight}
 
@@ -42,6 +43,9 @@ class Settings:
     backend: str = "auto"
     gradient: str = "frozen"
     preserve: int = 1
+    sigma_max: float | None = None
+    grad_through_sigma: bool = True
+    gain: bool = False
 
     def __post_init__(self) -> None:
         check_ratio(self.rank_ratio)
@@ -57,11 +61,20 @@ class Settings:
         backends.check_name(self.backend)
         check_gradient(self.gradient)
         check_count(self.preserve, "preserve", 0)
+        check_sigma_max(self.sigma_max)
+        for argument in ("grad_through_sigma", "gain"):
+            if not isinstance(getattr(self, argument), bool):
+                raise TypeError(f"{argument} must be a bool, got {getattr(self, argument)!r}")
         if self.preserve != 1 and self.backend not in ("auto", "reference"):
             raise ValueError(
                 f"preserve={self.preserve} is served by plain PyTorch, backend 'auto' or "
                 f"'reference', not by {self.backend!r}"
             )
+
+    @property
+    def scales(self) -> bool:
+        """Whether W_hat gets a factor of its own."""
+        return self.gain or self.sigma_max is not None
 
     def target_rank(self, rows: int, columns: int) -> float:
         """The stable rank r to keep below; inf means spectral normalisation alone."""
@@ -78,6 +91,15 @@ def check_ratio(value: float) -> float:
     if not 0 < value <= 1:
         raise ValueError(f"rank_ratio must be in (0, 1], got {value}")
     return value
+
+
+def check_sigma_max(value: float | None) -> None:
+    if value is None:
+        return
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise TypeError(f"sigma_max must be a number or None, got {value!r}")
+    if not 0 < value < math.inf:
+        raise ValueError(f"sigma_max must be positive and finite, or None, got {value}")
 
 
 class Owner:
@@ -132,10 +154,27 @@ class NormalizedWeight:
         return self.sites[0][0]._buffers[self.v_name]
 
     @property
+    def gain(self) -> Tensor | None:
+        """The learnable gain, a Parameter (1,) of every site, if there is one."""
+        if not self.settings.gain:
+            return None
+        module, name = self.sites[0]
+        return module._parameters[name + "_gain"]
+
+    def set_gain(self, gain: Tensor) -> None:
+        """Registers the gain at every site."""
+        for module, name in self.sites:
+            module.register_parameter(name + "_gain", gain)
+
+    @property
     def training(self) -> bool:
         if len(self.sites) == 1:
             return self.sites[0][0].training
         return any(module.training for module, _ in self.sites)
+
+    def wants_gradient(self) -> bool:
+        """Whether W_hat has something to differentiate in."""
+        return self.weight.requires_grad or (self.settings.gain and self.gain.requires_grad)
 
     def trainable(self) -> bool:
         """Whether anything of this weight's modules can train."""
@@ -229,11 +268,12 @@ _AUTOCAST_TYPES = (nn.Linear, nn.modules.conv._ConvNd, nn.MultiheadAttention)
 class LayerConstants:
     """What a round needs of one layer beside its tensors; compared by identity, so made once."""
 
-    __slots__ = ("columns", "dim", "label", "rows", "settings", "shape", "target_rank")
+    __slots__ = ("columns", "dim", "label", "rows", "scales", "settings", "shape", "target_rank")
 
     def __init__(self, entry: NormalizedWeight, weight: Tensor) -> None:
         self.shape = weight.shape
         self.settings = entry.settings
+        self.scales = entry.settings.scales
         self.label = entry.label
         self.dim = entry.settings.dim if weight.dim() > 1 else 0
         self.rows, self.columns = entry.matrix_shape()
@@ -318,8 +358,9 @@ def normalize_entries(
     for (device, _, backend, *_), group in groups.items():
         chosen = [entries[i] for i in group]
         raw = [weights[i] for i in group]
+        layers = tuple([constants(e, w) for e, w in zip(chosen, raw, strict=True)])
         plan = plan_for(
-            tuple([constants(e, w) for e, w in zip(chosen, raw, strict=True)]),
+            layers,
             tuple([iterations[i] for i in group]),
             _out_dtypes(chosen, raw, device.type),
             backends.resolve(backend, device.type, state_dtype(raw[0].dtype)),
@@ -332,10 +373,37 @@ def normalize_entries(
         results = run_round(plan, kept, *[_matrix(w) for w in raw], *us, *vs)
         for place, i in enumerate(group):
             out = results[place]
+            if layers[place].scales:
+                out = _bounded(entries[i], out, plan, place, *results[-2:])
             outs[i] = out.squeeze(0) if raw[place].dim() == 1 else out
             if kept is not None:
                 entries[i].record = (kept, place)
     return outs
+
+
+def _bounded(
+    entry: NormalizedWeight, out: Tensor, plan: Plan, place: int, round_state: Tensor, stats: Tensor
+) -> Tensor:
+    """W_hat with its soft bound and gain, from the round's own u, v and scalars."""
+    weight, dim, offset = entry.matrix_weight(), plan.dims[place], plan.offsets[place]
+    if plan.preserve:
+        size = block_size(plan.preserve[place], *entry.matrix_shape())
+        u, v = (x[:, 0] for x in state_vectors(round_state, offset, weight, dim, size))
+    else:
+        u, v = round_vectors(round_state, offset, weight, dim)
+    s = entry.settings
+    return bounded(
+        out,
+        weight,
+        u,
+        v,
+        stats[place],
+        dim,
+        s.sigma_max,
+        s.grad_through_sigma,
+        entry.gain,
+        plain_eager(),
+    )
 
 
 def repeat_entry(entry: NormalizedWeight) -> Tensor:
@@ -348,7 +416,7 @@ def repeat_entry(entry: NormalizedWeight) -> Tensor:
         record.plan.out_dtypes[place : place + 1],
         record.plan.backend,
     )
-    out, *_ = run_round(
+    out, *numbers = run_round(
         plan,
         None,
         _matrix(weight),
@@ -357,6 +425,8 @@ def repeat_entry(entry: NormalizedWeight) -> Tensor:
         record.round_state[start : start + plan.state_size],
         record.stats[place : place + 1],
     )
+    if entry.settings.scales:
+        out = _bounded(entry, out, plan, 0, *numbers)
     return out.squeeze(0) if weight.dim() == 1 else out
 
 
