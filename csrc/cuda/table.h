@@ -1,0 +1,137 @@
+// Plans: all that stays the same between calls with equal shapes, strides, dtypes, alignment,
+// iterations and places in the round's state. Torch-free.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <stdexcept>
+#include <unordered_map>
+#include <vector>
+
+#include "launch.h"
+#include "plan.h"
+#include "runtime.h"
+
+namespace srn::cuda {
+
+using Key = std::vector<int64_t>;
+
+struct KeyHash {
+  size_t operator()(const Key& key) const {
+    uint64_t h = 0x9e3779b97f4a7c15;
+    for (int64_t x : key) h = (h ^ uint64_t(x)) * 0xff51afd7ed558ccd, h ^= h >> 32;
+    return size_t(h);
+  }
+};
+
+// What planning.py makes of some layers.
+struct Blueprint {
+  std::vector<Record> records;  // `scratch` is set here
+  std::vector<Tile> tiles;
+  std::vector<int32_t> columns;
+  int slot_bytes = 0, stream_slots = 0, resident_slots = 0, v_bytes = 0, ctas = 1;
+};
+
+class Plan {
+ public:
+  Plan(Blueprint b, int device, bool backward, bool float64)
+      : device(device), float64(float64), ctas(b.ctas) {
+    check(b);
+    for (Record& r : b.records) {
+      r.scratch = scratch_bytes;
+      scratch_bytes +=
+          float64 ? Workspace<double>::bytes(r, backward) : Workspace<float>::bytes(r, backward);
+    }
+    std::vector<char> blob;
+    const size_t records = append(&blob, b.records), tiles = append(&blob, b.tiles),
+                 columns = append(&blob, b.columns);
+    memory = static_cast<char*>(upload(blob.data(), blob.size(), device));
+    common = {};
+    common.records = reinterpret_cast<const Record*>(memory + records);
+    common.tiles = reinterpret_cast<const Tile*>(memory + tiles);
+    common.columns = reinterpret_cast<const int32_t*>(memory + columns);
+    common.n_tiles = int32_t(b.tiles.size());
+    common.n_layers = int32_t(b.records.size());
+    common.slot_bytes = b.slot_bytes;
+    common.stream_slots = b.stream_slots;
+    common.resident_slots = b.resident_slots;
+    common.v_bytes = b.v_bytes;
+  }
+  ~Plan() {
+    release(memory, device);
+    for (auto& [stream, counters] : by_stream) release(counters, device);
+    for (int32_t* counters : captured) release(counters, device);
+  }
+  Plan(const Plan&) = delete;
+  Plan& operator=(const Plan&) = delete;
+
+  // A kernel leaves its counters at zero, so launches of one stream share them; a graph may run
+  // beside any stream and keeps its own.
+  int32_t* counters_for(void* stream) {
+    const std::lock_guard<std::mutex> lock(mutex);
+    if (capturing(stream)) {
+      captured.push_back(new_counters());
+      return captured.back();
+    }
+    int32_t*& counters = by_stream[stream];
+    if (!counters) counters = new_counters();
+    return counters;
+  }
+  bool in_a_graph() const { return !captured.empty(); }
+  bool counters_are_clean() const {  // on the host only
+    for (auto& [stream, counters] : by_stream)
+      for (size_t i = 0; i < counter_words(); ++i)
+        if (counters[i] != 0) return false;
+    return true;
+  }
+
+  const int device;
+  const bool float64;
+  const int ctas;
+  int64_t scratch_bytes = 0;
+  Common common;
+
+ private:
+  char* memory = nullptr;
+  std::mutex mutex;
+  std::map<void*, int32_t*> by_stream;
+  std::vector<int32_t*> captured;
+
+  size_t counter_words() const { return size_t(kFirstCounter + common.n_layers) * kCounterStride; }
+  int32_t* new_counters() {
+    return static_cast<int32_t*>(upload(nullptr, counter_words() * sizeof(int32_t), device));
+  }
+  template <class T>
+  static size_t append(std::vector<char>* blob, const std::vector<T>& values) {
+    const size_t at = size_t(line(int64_t(blob->size())));
+    blob->resize(at + values.size() * sizeof(T));
+    if (!values.empty()) std::memcpy(blob->data() + at, values.data(), values.size() * sizeof(T));
+    return at;
+  }
+  // What the kernels take for granted.
+  static void check(const Blueprint& b) {
+    const auto require = [](bool good, const char* what) {
+      if (!good) throw std::invalid_argument(std::string("srn_kernels: a plan with ") + what);
+    };
+    require(b.ctas > 0 && b.stream_slots > 0, "no CTA or slot");
+    require(b.stream_slots + b.resident_slots <= kMaxSlots, "too many slots");
+    require(b.slot_bytes % 128 == 0 && b.v_bytes % 128 == 0, "slots that are not aligned");
+    for (const Record& r : b.records) {
+      if (r.path == kDirect) continue;
+      const int64_t pieces = round_up(r.slab_rows, r.piece_rows) / r.piece_rows * r.row_pieces;
+      require(r.rows == 0 || r.inner == r.columns, "staged rows that are not contiguous");
+      require(pieces <= kMaxPieces, "too many pieces in a slab");
+      require(r.path != kVectors || (r.columns % 4 == 0 && r.piece_columns % 4 == 0),
+              "vectors of four that do not fill a row");
+      require(r.row_pieces == 1 || r.piece_rows == 1, "parts of several rows");
+    }
+    for (const Tile& t : b.tiles)
+      require(t.layer >= 0 && t.layer < int(b.records.size()), "a tile of no layer");
+  }
+};
+
+}  // namespace srn::cuda
