@@ -1,7 +1,7 @@
 """Builds the native backends; everything else is in pyproject.toml.
 
 SRN_CUDA: unset = the CUDA backend if nvcc and a CUDA build of torch are there, 1 = it must be
-built, 0 = never.
+built, 0 = never. TORCH_CUDA_ARCH_LIST chooses its architectures.
 """
 
 import os
@@ -23,10 +23,16 @@ def cuda_extension() -> Extension | None:
         return None
     if not possible:
         raise SystemExit("SRN_CUDA=1 needs nvcc, a CUDA build of torch and csrc/cuda/*.cu")
+    # Ampere; Hopper, whose bulk copies the kernels use; Blackwell, and PTX for what comes later.
+    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0a;10.0+PTX")
     return CUDAExtension(
         "srn_kernels._cuda",
         cuda_sources + sources("cuda/*.cpp"),
-        extra_compile_args={"cxx": ["-O3"], "nvcc": ["-O3", "-lineinfo"]},
+        depends=sources("*.h") + sources("cuda/*.h"),
+        extra_compile_args={
+            "cxx": ["-O3"],
+            "nvcc": ["-O3", "-lineinfo", "--expt-relaxed-constexpr"],
+        },
     )
 
 

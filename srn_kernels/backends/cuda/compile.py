@@ -1,0 +1,138 @@
+"""Compiles csrc/cuda/*.cu to machine code, on any machine with nvcc: registers, spills, copies.
+
+    python -m srn_kernels.backends.cuda.compile [--arch 80 90a 100]
+
+Fails if a kernel spills or if a target lost its asynchronous 16-byte or bulk copies. Needs neither
+a GPU nor a CUDA build of torch. Where nvcc is not found it says so and succeeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+CSRC = Path(__file__).parents[3] / "csrc" / "cuda"
+ARCHITECTURES = ("80", "90a", "100")
+FLAGS = ("-std=c++17", "-O3", "--expt-relaxed-constexpr")  # as in setup.py
+TYPES = {"f": "float32", "d": "float64"}
+
+
+class Report(NamedTuple):
+    """What the assembler made of one kernel."""
+
+    name: str
+    registers: int
+    stack: int  # bytes of a thread
+    spills: int  # bytes stored and loaded
+    shared: int  # static; the slots come on top at the launch
+
+    @property
+    def faults(self) -> list[str]:
+        return ["spills"] if self.spills or self.stack else []
+
+
+class Compiled(NamedTuple):
+    kernels: list[Report]
+    faults: list[str]
+    seconds: float
+
+
+def find_nvcc() -> str | None:
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    return shutil.which("nvcc") or shutil.which("nvcc", path=f"{home}/bin")
+
+
+def readable(mangled: str) -> str:
+    """normalize_kernelIfLi83E... -> "normalize, float32, up to 83 layers"."""
+    found = re.search(r"(normalize|backward)_kernelI([fd])Li(\d+)E", mangled)
+    return f"{found[1]}, {TYPES[found[2]]}, up to {found[3]} layers" if found else mangled
+
+
+def parse(report: str) -> list[Report]:
+    """ptxas -v, which tells of a kernel in several lines."""
+    kernels = []
+    for block in report.split("Compiling entry function ")[1:]:
+        name = readable(block.split("'")[1])
+        # A kernel's own figures, and those of functions that it calls.
+        frames = re.findall(
+            r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", block
+        )
+        used = re.search(r"Used (\d+) registers", block)
+        shared = re.search(r"(\d+) bytes smem", block)
+        kernels.append(
+            Report(
+                name,
+                int(used[1]),
+                sum(int(stack) for stack, _, _ in frames),
+                sum(int(stores) + int(loads) for _, stores, loads in frames),
+                int(shared[1]) if shared else 0,
+            )
+        )
+    return kernels
+
+
+def copies_of(ptx: str, architecture: str) -> list[str]:
+    """What is missing of the copies that a target should have."""
+    bulk = int(re.match(r"\d+", architecture)[0]) >= 90
+    wanted = "cp.async.bulk.shared::cluster.global" if bulk else "cp.async.cg.shared.global"
+    return [] if wanted in ptx else [f"no {wanted}"]
+
+
+def compile_for(nvcc: str, source: Path, architecture: str) -> Compiled:
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        target = f"arch=compute_{architecture},code=sm_{architecture}"
+        command = [nvcc, *FLAGS, "-Xptxas", "-v", "-gencode", target, "-cubin", "--keep"]
+        command += ["--keep-dir", folder, "-o", f"{folder}/kernels.cubin", str(source)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            return Compiled([], [done.stderr.strip()], time.perf_counter() - start)
+        ptx = "".join(p.read_text() for p in Path(folder).glob("*.ptx"))
+    kernels = parse(done.stderr)
+    faults = [] if kernels else ["no kernel was compiled"]
+    return Compiled(kernels, faults + copies_of(ptx, architecture), time.perf_counter() - start)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--arch", nargs="+", default=ARCHITECTURES)
+    parser.add_argument("--csrc", type=Path, default=CSRC, help="the folder of the sources")
+    chosen = parser.parse_args(arguments)
+    nvcc = find_nvcc()
+    if nvcc is None:
+        print("csrc/cuda: nvcc was not found, nothing was compiled")
+        return 0
+    version = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    print(f"nvcc {re.search(r'V([0-9.]+)', version)[1]}")
+    print("{:54}{:>10}{:>8}{:>8}{:>8}".format("kernel", "registers", "shared", "stack", "spills"))
+    jobs = [(s, a) for s in sorted(chosen.csrc.glob("*.cu")) for a in chosen.arch]
+    failed = not jobs
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for (source, a), made in zip(
+            jobs, pool.map(lambda job: compile_for(nvcc, *job), jobs), strict=True
+        ):
+            for k in made.kernels:
+                print(
+                    f"{f'sm_{a} {k.name}':54}{k.registers:10}{k.shared:8}{k.stack:8}{k.spills:8}"
+                    f"  {', '.join(k.faults)}"
+                )
+                failed |= bool(k.faults)
+            for fault in made.faults:
+                print(f"sm_{a} {source.name}: {fault}")
+                failed = True
+            print(f"sm_{a} {source.name}: {made.seconds:.1f} s", flush=True)
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

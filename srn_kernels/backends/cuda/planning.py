@@ -1,0 +1,188 @@
+"""From the layers of a call to what csrc/cuda/plan.h describes: records, tiles, sizes.
+
+Runs once for each set of shapes, strides, dtypes and places; the extension keeps the result.
+"""
+
+from __future__ import annotations
+
+import functools
+import struct
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+
+from srn_kernels.backends.tiling.config import LaunchConfig
+from srn_kernels.backends.tiling.layout import Layout, make_layout
+from srn_kernels.backends.tiling.schedule import Phase, Work, order
+from srn_kernels.backends.tiling.staging import Machine, Piece, Staging, cut_staged, stage
+
+FLOAT32, BFLOAT16, FLOAT16, FLOAT64 = range(4)  # as Type in plan.h
+BYTES = {FLOAT32: 4, BFLOAT16: 2, FLOAT16: 2, FLOAT64: 8}
+RECORD = struct.Struct("=2q22i")
+
+
+class Layer(NamedTuple):
+    """One layer of a call, as bindings.cpp describes it."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dim: int
+    type: int
+    other: int  # of W_hat; in backward of G
+    aligned: bool  # every pointer is a multiple of four of its elements
+    iterations: int
+    offset: int  # of u in the round's state
+    row: int  # of the statistics
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """What the extension makes a plan of; bytes are C arrays of plan.h's types."""
+
+    records: bytes
+    tiles: bytes
+    columns: bytes
+    slot_bytes: int
+    stream_slots: int
+    resident_slots: int
+    v_bytes: int
+    ctas: int
+
+
+def layers_of(words: Sequence[int]) -> Iterator[Layer]:
+    """The layers in a plan's key; see describe() in bindings.cpp."""
+    at = 0
+    while at < len(words):
+        n, dim, type_, other, aligned, iterations, offset, row = words[at : at + 8]
+        shape, strides = words[at + 8 : at + 8 + n], words[at + 8 + n : at + 8 + 2 * n]
+        yield Layer(
+            tuple(shape), tuple(strides), dim, type_, other, bool(aligned), iterations, offset, row
+        )
+        at += 8 + 2 * n
+
+
+@functools.cache
+def device_config(device: int, model_bytes: int, backward: bool) -> tuple[LaunchConfig, int]:
+    """The launch's parameters, and the shared memory of a CTA."""
+    p = torch.cuda.get_device_properties(device)
+    config = LaunchConfig.for_device(
+        p.multi_processor_count,
+        p.L2_cache_size,
+        p.shared_memory_per_block_optin,
+        model_bytes,
+        backward,
+    )
+    return config, p.shared_memory_per_block_optin
+
+
+def plan(key: Sequence[int], machine: Machine) -> Blueprint:
+    """Cuts and orders the layers of ``key``: (device, backward, float64, then the layers)."""
+    device, backward, float64 = key[0], bool(key[1]), bool(key[2])
+    layers = list(layers_of(key[3:]))
+    layouts = [make_layout(x.shape, x.strides, x.dim) for x in layers]
+    element_bytes = [BYTES[x.type] + (BYTES[x.other] if backward else 0) for x in layers]
+    total = sum(y.rows * y.columns * b for y, b in zip(layouts, element_bytes, strict=True))
+    config, shared_bytes = device_config(device, total, backward)
+    staging = stage(
+        [
+            Piece(y, BYTES[x.type], BYTES[x.other] if backward else 0, x.aligned and not float64)
+            for x, y in zip(layers, layouts, strict=True)
+        ],
+        machine,
+        shared_bytes - machine.control_bytes[float64],
+        staged=not float64,
+    )
+    works = [
+        Work(
+            y.rows,
+            y.columns,
+            size,
+            staged.block_rows,
+            1 if backward or x.iterations == 0 else max(0, x.iterations),
+            not backward and x.iterations > 0,
+        )
+        for x, y, size, staged in zip(layers, layouts, element_bytes, staging.layers, strict=True)
+    ]
+    cuts = [
+        cut_staged(work, config, staged.most_rows)
+        for work, staged in zip(works, staging.layers, strict=True)
+    ]
+    tiles = array("i")
+    for tile in order(cuts, config):
+        tiles.extend((tile.layer, _OPS[tile.phase], tile.index, tile.wait))
+    records, columns = bytearray(), array("i")
+    for x, y, cut, staged in zip(layers, layouts, cuts, staging.layers, strict=True):
+        records += RECORD.pack(
+            x.offset,
+            0,  # where its workspace starts: the extension knows the sizes
+            y.rows,
+            y.columns,
+            y.inner,
+            _add_table(columns, y),
+            cut.slab_rows,
+            cut.slabs,
+            cut.column_width,
+            cut.column_tiles,
+            cut.arrivals,
+            cut.passes,
+            max(0, x.iterations),
+            x.row,
+            x.type,
+            x.other,
+            staged.path,
+            staged.vectors,
+            staged.group_warps,
+            staged.piece_rows,
+            staged.row_pieces,
+            staged.piece_columns,
+            staged.other_offset,
+            cut.first_protected,
+        )
+    return _blueprint(bytes(records), tiles, columns, staging, config)
+
+
+_OPS = {Phase.SLAB: 0, Phase.COLUMNS: 1, Phase.RESCALE: 2}  # as Op in plan.h
+
+
+def _add_table(columns: array, layout: Layout) -> int:
+    if layout.column_of is None:
+        return -1
+    start = len(columns)
+    columns.extend(layout.column_of)
+    return start
+
+
+def _blueprint(
+    records: bytes, tiles: array, columns: array, staging: Staging, config: LaunchConfig
+) -> Blueprint:
+    n_tiles = len(tiles) // 4
+    return Blueprint(
+        records,
+        tiles.tobytes(),
+        columns.tobytes(),
+        staging.slot_bytes,
+        staging.stream_slots,
+        staging.resident_slots,
+        staging.v_bytes,
+        max(1, min(config.programs, n_tiles)),
+    )
+
+
+def install(module: ModuleType) -> None:
+    """Lets the extension ask for plans."""
+    sizes = module.layout()
+    assert sizes["record_bytes"] == RECORD.size
+    machine = Machine(
+        consumer_warps=sizes["consumer_warps"],
+        few_vectors=sizes["few_vectors"],
+        many_vectors=sizes["many_vectors"],
+        scalar_vectors=sizes["scalar_vectors"],
+        most_slots=sizes["max_slots"],
+        most_pieces=sizes["max_pieces"],
+        control_bytes=(module.control_bytes(False), module.control_bytes(True)),
+    )
+    module.set_planner(lambda key: plan(key, machine))
