@@ -14,9 +14,16 @@ TEST_ARGS ?=
 INTERPRETED := tests/test_triton_kernels.py tests/test_traffic.py tests/test_functional.py \
 	-k "triton and not any_scale and not any_layer"
 
+# Tests of the CUDA kernels, compiled for the CPU against csrc/cuda/shim.
+EMULATED := tests/test_cuda_kernels.py tests/test_functional.py \
+	-k "cuda and not any_scale and not any_layer"
+
 VENV := .venv
 BIN := $(VENV)/bin
 NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/* csrc/cuda/*)
+
+FORMATTED := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cpu/*.inc csrc/cuda/*.cu \
+	csrc/cuda/*.cpp csrc/cuda/*.h csrc/cuda/shim/*.cpp csrc/cuda/shim/*.h)
 
 .PHONY: setup demo test lint format bench clean
 
@@ -40,17 +47,18 @@ demo: setup
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cpu/*.inc
+	$(BIN)/clang-format --dry-run --Werror $(FORMATTED)
 
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cpu/*.inc
+	$(BIN)/clang-format -i $(FORMATTED)
 
 test: lint
 	$(BIN)/python -m pytest --require-backend cpu $(TEST_ARGS)
 ifeq ($(shell uname -s),Linux)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest --require-backend triton $(INTERPRETED)
+	$(BIN)/python -m pytest --cuda-shim --require-backend cuda $(EMULATED)
 endif
 
 bench: setup

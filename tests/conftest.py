@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import cuda_shim
 import interpreter
 import pytest
 import torch
@@ -25,12 +26,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="where tensors are made; the tests of all backends run those that serve there",
     )
 
+    parser.addoption(
+        "--cuda-shim",
+        action="store_true",
+        help="build csrc/cuda for the CPU and let it serve CPU tensors as the cuda backend",
+    )
+
 
 def pytest_configure(config: pytest.Config) -> None:
     if (device := config.getoption("--device")) != "cpu":
         torch.set_default_device(device)
     if "cpu" in backends.load("triton").DEVICES:
         interpreter.repair()
+    if config.getoption("--cuda-shim"):
+        cuda_shim.install()
     live = srn.available_backends()
     for name in config.getoption("--require-backend"):
         if live[name] is not None:

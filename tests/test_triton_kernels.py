@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from dataclasses import replace
@@ -9,22 +10,23 @@ from dataclasses import replace
 import oracle
 import pytest
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from triton_rounds import (
-    DEVICE,
-    INTERPRETED,
+from gpu_rounds import (
+    SHAPES,
     Round,
+    check_edge_cases,
     check_round,
-    forward_layer,
+    device_of,
     gradient_layer,
     nan_like,
+    scaled_down,
 )
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from benchmarks import workloads
 from srn_kernels import functional
 from srn_kernels.backends import triton as backend
-from srn_kernels.reference import NON_FINITE, PASS_THROUGH, padded
+from srn_kernels.reference import PASS_THROUGH, padded
 
 pytestmark = pytest.mark.skipif(
     backend.unavailable_reason() is not None, reason=f"triton: {backend.unavailable_reason()}"
@@ -35,6 +37,9 @@ if backend.unavailable_reason() is None:
     from srn_kernels.backends.tiling.schedule import check
     from srn_kernels.backends.triton import launch
 
+make_round = functools.partial(Round.make, backend=backend)
+DEVICE = device_of(backend)
+INTERPRETED = DEVICE == "cpu"
 WORKLOADS = workloads.load()
 EMPTY = torch.empty
 
@@ -87,28 +92,16 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "empty", poisoned_empty)
 
 
-def scaled_down(name: str) -> list[tuple[int, int]]:
-    """Every distinct shape of a workload, sides over 24, small sides as they are."""
-
-    def side(n: int) -> int:
-        return n if n <= 32 else max(32, n // 24)
-
-    return [(side(r), side(c)) for r, c in dict.fromkeys(WORKLOADS[name].shapes)]
-
-
 @pytest.mark.parametrize("name", WORKLOADS)
 def test_every_workload_scaled_down(name):
-    check_round(Round.make([(torch.randn(s), 0) for s in scaled_down(name)]))
-
-
-SHAPES = [(1, 1), (1, 7), (7, 1), (3, 5), (1, 300), (300, 1), (63, 27), (16, 1100), (60, 260)]
+    check_round(make_round([(torch.randn(s), 0) for s in scaled_down(name)]))
 
 
 @pytest.mark.parametrize("iterations", [0, 1, 3])
 @pytest.mark.parametrize("name", oracle.LAYOUTS)
 def test_layouts_and_odd_shapes(name, iterations):
     made = [oracle.make_weight(name, s, torch.float32) for s in SHAPES]
-    check_round(Round.make(made), iterations, skip_gradient=iterations)
+    check_round(make_round(made), iterations, skip_gradient=iterations)
 
 
 def test_mixed_dtypes_layouts_and_iterations_in_one_launch():
@@ -124,7 +117,7 @@ def test_mixed_dtypes_layouts_and_iterations_in_one_launch():
     made.append((torch.randn(6, 9, 5, 5), 1))  # 25 elements from one row to the next
     outs.append(None)
     iterations.append(2)
-    check_round(Round.make(made, outs), iterations)
+    check_round(make_round(made, outs), iterations)
 
 
 def test_unaligned_pointers():
@@ -133,79 +126,24 @@ def test_unaligned_pointers():
     shape = layout.make_layout((64, 48), (48, 1), 0)
     aligned = [layout.Spec(shape, 4, 4, w.data_ptr() % 16 == 0).alignment for w, _ in made]
     assert aligned == [4, 1, 1]
-    check_round(Round.make(made))
+    check_round(make_round(made))
 
 
 @pytest.mark.parametrize("scale", [1e-11, 1e-6, 1.0, 1e12, 1e18])
 def test_range(scale):
-    made = Round.make([(torch.randn(s) * scale, 0) for s in [(40, 160), (63, 27), (16, 1100)]])
+    made = make_round([(torch.randn(s) * scale, 0) for s in [(40, 160), (63, 27), (16, 1100)]])
     layers = check_round(made, 2, eps=0.0)
     assert all(x.branch < PASS_THROUGH for x in layers)
     check_round(made, 0, eps=0.0)
 
 
-def edge_weights() -> dict[str, tuple[Tensor, float]]:
-    """The edge cases of the design: a weight and its target rank."""
-    broken, infinite = torch.randn(24, 40), torch.randn(24, 40)
-    broken[20, 3], infinite[2, 39] = math.nan, math.inf
-    u, v = torch.randn(24), torch.randn(40)
-    return {
-        "rank one target": (torch.randn(24, 40), 1.0),
-        "target above": (torch.randn(24, 40), 24.0),
-        "spectral": (torch.randn(24, 40), math.inf),
-        "rank one weight": (torch.outer(u, v), 3.0),
-        "zero": (torch.zeros(24, 40), 3.0),
-        "vanishing": (torch.randn(24, 40) * 1e-15, 3.0),
-        "nan": (broken, 3.0),
-        "infinite": (infinite, 3.0),
-        "row": (torch.randn(1, 40), 1.0),
-        "column": (torch.randn(40, 1), 1.0),
-    }
-
-
 @pytest.mark.parametrize("iterations", [0, 1, 2])
 def test_edge_cases(iterations):
-    cases = edge_weights()
-    made = Round.make(
-        [(w, 0) for w, _ in cases.values()], ranks=[rank for _, rank in cases.values()]
-    )
-    before = made.copy()
-    made.normalize(iterations)
-    grads = [torch.randn_like(w) for w in made.weights]
-    results = made.gradients(grads, range(len(grads)))
-    for i, name in enumerate(cases):
-        branch = made.stats[i, 6].item()
-        if name in ("nan", "infinite"):
-            assert branch == NON_FINITE, name
-            assert made.outs[i].isnan().all(), name
-            assert results[i].isnan().all(), name
-        elif name in ("zero", "vanishing"):
-            assert branch == PASS_THROUGH, name
-            assert torch.equal(made.outs[i], made.weights[i]), name
-            assert torch.equal(results[i], grads[i]), name
-        else:
-            n = iterations
-            if name == "rank one weight":
-                continue
-            layer = forward_layer(made, before, i, n, 1e-12, name)
-            gradient_layer(layer, grads[i], results[i], 0, name)
-        if branch >= PASS_THROUGH:
-            assert torch.equal(made.us[i], before.us[i]), name
-            assert torch.equal(made.vs[i], before.vs[i]), name
-            if iterations:
-                assert torch.equal(made.vectors(i)[0], before.us[i]), name
-                assert torch.equal(made.vectors(i)[1], before.vs[i]), name
-    # F / sigma^2 - 1 cancels where W has rank one: W_hat is W / sigma either way.
-    at = list(cases).index("rank one weight")
-    if iterations:
-        norm = torch.linalg.matrix_norm(made.outs[at].double(), 2).item()
-        assert abs(norm - 1) < 1e-5
-    at = list(cases).index("rank one target")
-    assert not results[at].any()
+    check_edge_cases(backend, iterations)
 
 
 def test_evaluation_with_shrunk_and_negative_vectors():
-    made = Round.make([(torch.randn(40, 96), 0), (torch.randn(20, 27), 0)])
+    made = make_round([(torch.randn(40, 96), 0), (torch.randn(20, 27), 0)])
     for u, v in zip(made.us, made.vs, strict=True):
         u *= -0.6
         v *= 0.3
@@ -214,7 +152,7 @@ def test_evaluation_with_shrunk_and_negative_vectors():
 
 
 def test_a_repeated_round_has_the_same_bits():
-    made = Round.make([oracle.make_weight(k, (36, 144), torch.float32) for k in oracle.LAYOUTS])
+    made = make_round([oracle.make_weight(k, (36, 144), torch.float32) for k in oracle.LAYOUTS])
     made.normalize(1)
     first, kept = [o.clone() for o in made.outs], made.round_state.clone()
     for t in (*made.us, *made.vs, *made.outs):
@@ -227,7 +165,7 @@ def test_a_repeated_round_has_the_same_bits():
 def test_projection_in_place_equals_the_forward():
     for dtype in (torch.float32, torch.float16):
         weights = [oracle.make_weight(k, (36, 144), dtype) for k in oracle.LAYOUTS]
-        made = Round.make(weights)
+        made = make_round(weights)
         projected = made.copy()
         projected = projected._replace(outs=projected.weights)
         made.normalize(1)
@@ -236,7 +174,7 @@ def test_projection_in_place_equals_the_forward():
 
 
 def test_runs_are_bit_identical_whatever_the_number_of_programs(monkeypatch, plans):
-    made = Round.make([(torch.randn(s), 0) for s in SHAPES])
+    made = make_round([(torch.randn(s), 0) for s in SHAPES])
     grads = [torch.randn_like(w) for w in made.weights]
     config = launch.device_config
     results = []
@@ -282,7 +220,7 @@ def test_one_launch_each_way_for_any_number_of_layers(iterations, monkeypatch):
 
     monkeypatch.setattr(InterpretedFunction, "run", counted)
     types = [torch.float32, torch.bfloat16, torch.float16]
-    made = Round.make(
+    made = make_round(
         [
             oracle.make_weight(k, (12 + i, 18), types[i % 3])
             for i, k in enumerate(list(oracle.LAYOUTS) * 2)
@@ -308,7 +246,7 @@ def test_one_launch_each_way_for_any_number_of_layers(iterations, monkeypatch):
 
 
 def test_the_padding_of_a_rounds_state_stays_untouched():
-    made = Round.make([(torch.randn(3, 5), 0), (torch.randn(7, 9), 0)])
+    made = make_round([(torch.randn(3, 5), 0), (torch.randn(7, 9), 0)])
     made.normalize(1)
     written = torch.zeros_like(made.round_state, dtype=torch.bool)
     for (rows, columns), offset in zip([(3, 5), (7, 9)], made.offsets, strict=True):
@@ -319,7 +257,7 @@ def test_the_padding_of_a_rounds_state_stays_untouched():
 
 def test_through_the_functional_core_with_gradients():
     weights = [torch.randn(s, device=DEVICE, requires_grad=True) for s in [(40, 27), (16, 8, 3, 3)]]
-    made = Round.make([(w.detach(), 0) for w in weights])
+    made = make_round([(w.detach(), 0) for w in weights])
     outs = functional.stable_rank_normalize(weights, made.us, made.vs, made.ranks, backend="triton")
     grads = [torch.randn_like(o) for o in outs]
     results = torch.autograd.grad(outs, weights, grads)
@@ -339,7 +277,7 @@ def test_float64_is_refused_by_name():
 
 
 def test_the_schedules_of_the_tests_reach_every_phase(plans):
-    made = Round.make([(torch.randn(s), 0) for s in [(60, 260), (9, 1100), (40, 27)]])
+    made = make_round([(torch.randn(s), 0) for s in [(60, 260), (9, 1100), (40, 27)]])
     made.normalize(2)
     (plan,) = plans
     check(plan.schedule)

@@ -1,21 +1,24 @@
-"""Rounds of the Triton backend's own verbs, and their comparison with the float64 oracle."""
+"""Rounds of a GPU backend's own verbs, their comparison with the float64 oracle, and edge cases."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from types import ModuleType
 from typing import NamedTuple
 
 import oracle
 import torch
 from torch import Tensor
 
+from benchmarks import workloads
 from srn_kernels import ops
-from srn_kernels.backends import triton as backend
-from srn_kernels.reference import round_vectors
+from srn_kernels.reference import NON_FINITE, PASS_THROUGH, round_vectors
 
-INTERPRETED = "cpu" in backend.DEVICES
-DEVICE = "cpu" if INTERPRETED else "cuda"
+
+def device_of(backend: ModuleType) -> str:
+    """Where a backend's tests make their tensors: interpreted or emulated kernels serve the CPU."""
+    return "cpu" if "cpu" in backend.DEVICES else "cuda"
 
 
 class Round(NamedTuple):
@@ -30,6 +33,7 @@ class Round(NamedTuple):
     round_state: Tensor
     stats: Tensor
     offsets: list[int]
+    backend: ModuleType
 
     @classmethod
     def make(
@@ -37,8 +41,12 @@ class Round(NamedTuple):
         weights: Sequence[tuple[Tensor, int]],
         out_dtypes: Sequence[torch.dtype | None] | None = None,
         ranks: Sequence[float] | None = None,
+        *,
+        backend: ModuleType,
     ) -> Round:
-        tensors = [w.to(DEVICE) for w, _ in weights]
+        device = device_of(backend)
+        tensors = [w.to(device) for w, _ in weights]
+        dtype = oracle.state_dtype(tensors[0])
         dims = [d % w.dim() for w, d in weights]
         shapes = [(w.shape[d], w.numel() // w.shape[d]) for w, d in zip(tensors, dims, strict=True)]
         states = [oracle.make_state(w.cpu(), d) for w, d in zip(tensors, dims, strict=True)]
@@ -47,21 +55,22 @@ class Round(NamedTuple):
         return cls(
             tensors,
             dims,
-            [u.to(DEVICE) for u, _ in states],
-            [v.to(DEVICE) for _, v in states],
+            [u.to(device) for u, _ in states],
+            [v.to(device) for _, v in states],
             [math.inf if min(s) == 1 else r for r, s in zip(ranks, shapes, strict=True)],
             [
                 nan_like(w, d)
                 for w, d in zip(tensors, out_dtypes or [None] * len(tensors), strict=True)
             ],
-            torch.full((size,), math.nan, device=DEVICE),
-            torch.full((len(tensors), 8), math.nan, dtype=torch.float64, device=DEVICE),
+            torch.full((size,), math.nan, dtype=dtype, device=device),
+            torch.full((len(tensors), 8), math.nan, dtype=torch.float64, device=device),
             offsets,
+            backend,
         )
 
     def normalize(self, iterations: int | Sequence[int], eps: float = 1e-12) -> None:
         n = len(self.weights)
-        backend.normalize(
+        self.backend.normalize(
             self.weights,
             self.us,
             self.vs,
@@ -77,7 +86,7 @@ class Round(NamedTuple):
 
     def gradients(self, grads: Sequence[Tensor], rows: Sequence[int]) -> list[Tensor]:
         results = [nan_like(self.weights[i]) for i in rows]
-        backend.normalize_backward(
+        self.backend.normalize_backward(
             grads,
             [self.weights[i] for i in rows],
             self.round_state,
@@ -98,7 +107,8 @@ class Round(NamedTuple):
             [t.clone() for t in x] if isinstance(x, list) and isinstance(x[0], Tensor) else x
             for x in self
         ]
-        return Round(*cloned[:6], self.round_state.clone(), self.stats.clone(), self.offsets)
+        state, stats = self.round_state.clone(), self.stats.clone()
+        return Round(*cloned[:6], state, stats, self.offsets, self.backend)
 
 
 def nan_like(w: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -152,3 +162,79 @@ def forward_layer(
 
 def gradient_layer(layer: oracle.Layer, g: Tensor, result: Tensor, dim: int, what: str) -> None:
     oracle.assert_gradient(layer, g.cpu(), result.cpu(), dim, what)
+
+
+# Weights.
+
+SHAPES = [(1, 1), (1, 7), (7, 1), (3, 5), (1, 300), (300, 1), (63, 27), (16, 1100), (60, 260)]
+
+
+def scaled_down(name: str) -> list[tuple[int, int]]:
+    """Every distinct shape of a workload, sides over 24, small sides as they are."""
+
+    def side(n: int) -> int:
+        return n if n <= 32 else max(32, n // 24)
+
+    return [(side(r), side(c)) for r, c in dict.fromkeys(workloads.load()[name].shapes)]
+
+
+def edge_weights() -> dict[str, tuple[Tensor, float]]:
+    """The edge cases of the design: a weight and its target rank."""
+    broken, infinite = torch.randn(24, 40), torch.randn(24, 40)
+    broken[20, 3], infinite[2, 39] = math.nan, math.inf
+    u, v = torch.randn(24), torch.randn(40)
+    return {
+        "rank one target": (torch.randn(24, 40), 1.0),
+        "target above": (torch.randn(24, 40), 24.0),
+        "spectral": (torch.randn(24, 40), math.inf),
+        "rank one weight": (torch.outer(u, v), 3.0),
+        "zero": (torch.zeros(24, 40), 3.0),
+        "vanishing": (torch.randn(24, 40) * 1e-15, 3.0),
+        "nan": (broken, 3.0),
+        "infinite": (infinite, 3.0),
+        "row": (torch.randn(1, 40), 1.0),
+        "column": (torch.randn(40, 1), 1.0),
+    }
+
+
+def check_edge_cases(backend: ModuleType, iterations: int) -> None:
+    """Every row of the design's table, forward and backward."""
+    cases = edge_weights()
+    made = Round.make(
+        [(w, 0) for w, _ in cases.values()],
+        ranks=[rank for _, rank in cases.values()],
+        backend=backend,
+    )
+    before = made.copy()
+    made.normalize(iterations)
+    grads = [torch.randn_like(w) for w in made.weights]
+    results = made.gradients(grads, range(len(grads)))
+    for i, name in enumerate(cases):
+        branch = made.stats[i, 6].item()
+        if name in ("nan", "infinite"):
+            assert branch == NON_FINITE, name
+            assert made.outs[i].isnan().all(), name
+            assert results[i].isnan().all(), name
+        elif name in ("zero", "vanishing"):
+            assert branch == PASS_THROUGH, name
+            assert torch.equal(made.outs[i], made.weights[i]), name
+            assert torch.equal(results[i], grads[i]), name
+        else:
+            n = iterations
+            if name == "rank one weight":
+                continue
+            layer = forward_layer(made, before, i, n, 1e-12, name)
+            gradient_layer(layer, grads[i], results[i], 0, name)
+        if branch >= PASS_THROUGH:
+            assert torch.equal(made.us[i], before.us[i]), name
+            assert torch.equal(made.vs[i], before.vs[i]), name
+            if iterations:
+                assert torch.equal(made.vectors(i)[0], before.us[i]), name
+                assert torch.equal(made.vectors(i)[1], before.vs[i]), name
+    # F / sigma^2 - 1 cancels where W has rank one: W_hat is W / sigma either way.
+    at = list(cases).index("rank one weight")
+    if iterations:
+        norm = torch.linalg.matrix_norm(made.outs[at].double(), 2).item()
+        assert abs(norm - 1) < 1e-5
+    at = list(cases).index("rank one target")
+    assert not results[at].any()
