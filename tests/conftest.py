@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import cuda_shim
 import interpreter
 import pytest
 import torch
@@ -39,6 +38,8 @@ def pytest_configure(config: pytest.Config) -> None:
     if "cpu" in backends.load("triton").DEVICES:
         interpreter.repair()
     if config.getoption("--cuda-shim"):
+        import cuda_shim  # with the compiler's tools
+
         cuda_shim.install()
     live = srn.available_backends()
     for name in config.getoption("--require-backend"):
