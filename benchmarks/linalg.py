@@ -25,6 +25,7 @@ from srn_kernels import linalg
 TOP = 4  # singular values
 LARGE = 2**20  # elements: timed once
 RELATIVE_ERROR = 1e-4
+RESULTS = "linalg.jsonl"
 MODE = f"top_{TOP}_singular"
 console = Console()
 
@@ -120,7 +121,7 @@ def run(
             failures += [wrong] if wrong else []
     console.print(table)
     if save:
-        store.append(rows, folder / "linalg.jsonl")
+        store.append(rows, folder / RESULTS)
     for failure in failures:
         console.print(f"[red]{failure}[/red]")
     if failures:

@@ -31,6 +31,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "preserve=2": {"preserve": 2},
     "preserve=4": {"preserve": 4},
 }
+RESULTS = "options.jsonl"
 PROJECTION = "project_after_step"
 console = Console()
 
@@ -101,7 +102,7 @@ def run(
             table.add_row(option, f"{rows[-2].p50:.3g}", f"{rows[-1].p50:.3g}")
         console.print(table)
         if save:
-            store.append(rows, folder / "options.jsonl")
+            store.append(rows, folder / RESULTS)
 
 
 if __name__ == "__main__":

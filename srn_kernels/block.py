@@ -82,13 +82,21 @@ class Coefficients(NamedTuple):
 
 
 def coefficients(
-    w: Tensor, u: Tensor, v: Tensor, target_rank: float, preserve: int
+    w: Tensor,
+    u: Tensor,
+    v: Tensor,
+    target_rank: float,
+    preserve: int,
+    frobenius_sq: Tensor | None = None,
 ) -> Coefficients:
-    """From W, the pairs of :func:`power_iteration`, r and k."""
+    """From W, the pairs of :func:`power_iteration`, r and k; |W|_F^2 if it is known already."""
     sigma = ((w @ v) * u).sum(0).double()
     top = sigma[0]
     t = sigma / top
-    f = (w / top.to(w.dtype)).square().sum(dtype=torch.float64)
+    if frobenius_sq is None:
+        f = (w / top.to(w.dtype)).square().sum(dtype=torch.float64)
+    else:
+        f = frobenius_sq / top / top
     squares = t.square().cumsum(0)
     place = torch.arange(len(t), device=w.device)
     active = bool(f > target_rank)
@@ -139,27 +147,26 @@ def normalize_layer(
     with torch.no_grad():
         w = matrix(weight, dim).to(state_dtype(weight.dtype))
         given = (u.reshape(w.shape[0], -1), v.reshape(w.shape[1], -1))
-        finite = bool(
-            w.isfinite().all() and given[0].isfinite().all() and given[1].isfinite().all()
-        )
+        # In float64, so that it is finite if and only if W is.
+        frobenius_sq = torch.linalg.vector_norm(w, dtype=torch.float64).square()
+        finite = bool(torch.stack([x.isfinite().all() for x in (frobenius_sq, *given)]).all())
         new_u, new_v = given
         if finite and iterations >= 0:
             new_u, new_v = power_iteration(w, *given, iterations)
         sigma = float(new_u[:, 0] @ (w @ new_v[:, 0]))
         stats = torch.zeros(8, dtype=torch.float64, device=w.device)
-        frobenius_sq = float(torch.linalg.vector_norm(w, dtype=torch.float64)) ** 2
         if not finite or sigma != sigma or abs(sigma) == float("inf"):
             row, w_hat = [*[float("nan")] * 6, NON_FINITE, 0], torch.full_like(w, float("nan"))
-            row[:2] = [sigma, frobenius_sq]
+            row[:2] = [sigma, float(frobenius_sq)]
             new_u, new_v = given
         elif sigma <= eps:
-            row, w_hat = [sigma, frobenius_sq, 0, 1, 1, 0, PASS_THROUGH, 0], w
+            row, w_hat = [sigma, float(frobenius_sq), 0, 1, 1, 0, PASS_THROUGH, 0], w
             new_u, new_v = given
         else:
-            c = coefficients(w, new_u, new_v, target_rank, preserve)
+            c = coefficients(w, new_u, new_v, target_rank, preserve, frobenius_sq)
             w_hat = combine(w, new_u, new_v, c)
             branch = STABLE_RANK if c.active else SPECTRAL
-            row = [sigma, frobenius_sq, float(c.q), float(c.gamma), float(c.a), float(c.b[0])]
+            row = [sigma, *(float(x) for x in (frobenius_sq, c.q, c.gamma, c.a, c.b[0]))]
             row += [branch, min(c.kept, preserve)]
         stats.copy_(torch.tensor(row, dtype=torch.float64))
         w_hat = from_matrix(w_hat, weight, dim).to(out_dtype)
@@ -189,7 +196,8 @@ def layer_gradient(
         return torch.full_like(weight, float("nan"))
     dtype = state_dtype(weight.dtype)
     w, g = matrix(weight, dim).to(dtype), matrix(grad, dim).to(dtype)
-    c = coefficients(w, u, v, target_rank, preserve)
+    known = None if torch.is_grad_enabled() else stats[1]
+    c = coefficients(w, u, v, target_rank, preserve, known)
     top, f, q, gamma, t = c.sigma[0], c.f, c.q, c.gamma, c.t
     g_w = (g * (w / top.to(dtype))).sum(dtype=torch.float64)  # <G, W> / sigma_1
     g_e = ((g @ v) * u).sum(0).double()  # u_i^T G v_i
