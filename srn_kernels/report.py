@@ -189,11 +189,12 @@ class History:
 
     def __call__(self) -> dict[str, dict[str, float]]:
         entries = rounds.entries_of(self.model)
-        records = {id(e.record[0]): e.record[0] for e in entries if e.record is not None}
+        current = {id(e) for e in entries if _is_current(e)}
+        records = {id(e.record[0]): e.record[0] for e in entries if id(e) in current}
         stats = {key: record.stats.tolist() for key, record in records.items()}
         row = {}
         for entry in entries:
-            if entry.record is not None:
+            if id(entry) in current:
                 record, place = entry.record
                 row[entry.label] = _numbers(stats[id(record)][place], entry.target_rank())
                 continue
@@ -207,6 +208,15 @@ class History:
             }
         self.rows.append(row)
         return row
+
+
+def _is_current(entry: NormalizedWeight) -> bool:
+    """Whether the last eager round is the last that moved u (a compiled one leaves no record)."""
+    if entry.record is None:
+        return False
+    record, place = entry.record
+    offset = record.plan.offsets[place]
+    return torch.equal(record.round_state[offset : offset + entry.u.numel()], entry.u.flatten())
 
 
 def _numbers(stats: Sequence[float], target_rank: float) -> dict[str, float]:

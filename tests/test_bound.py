@@ -305,6 +305,11 @@ def test_history_returns_the_numbers_of_the_last_round() -> None:
         assert found["active"] == row.active
         assert all(type(n) is float for n in found.values())
     assert same_state(model, before)
+    compiled = torch.compile(model, backend="aot_eager")
+    compiled(x).sum().backward()  # leaves no record: the eager round's numbers are no longer true
+    later, rows = history(), {r.name: r for r in srn.report(model)}
+    assert later["conv.weight"]["sigma"] != numbers["conv.weight"]["sigma"]
+    assert later["conv.weight"]["sigma"] == pytest.approx(rows["conv.weight"].sigma, rel=1e-9)
     with pytest.raises(ValueError, match="no normalised layer"):
         srn.History(nn.Linear(2, 2))
 
