@@ -1,20 +1,26 @@
 """Compiles the kernels ahead of time, on any machine: registers, shared memory, spills, wide loads.
 
-    python -m srn_kernels.backends.triton.compile [--arch 80 90 100 gfx942] [--case NAME ...]
+    python -m srn_kernels.backends.triton.compile [--full] [--arch 80 90 100 gfx942] [--case NAME ...]
 
-Fails if a kernel spills, or if one whose rows are aligned does not load them 16 bytes at a time;
-AMD targets are reported, not judged.
+Fails if a kernel spills, if one whose rows are aligned does not load them 16 bytes at a time, or if
+one does not order memory between CTAs; AMD targets are reported, not judged. Nothing comes from
+Triton's cache.
 """
 
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
+import functools
+import itertools
+import multiprocessing
+import os
 import re
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -43,6 +49,12 @@ class Case(NamedTuple):
     wide: bool = True  # every row is aligned
 
 
+# What `make test` compiles: few launches, which between them have every kind of body.
+QUICK = {
+    "wide and normal rows": Case([(1024, 1152), (1536, 13824), (4096, 64)]),
+    "rows of 3072 to bfloat16": Case([(768, 3072)], F32, BF16),
+    "odd rows and transposes": Case([(512, 27), (512, 256, 4, 4)], dim=1, wide=False),
+}
 # Every kind of block alone, at both ends of what a row in registers may be, then whole models.
 CASES = {
     "narrow rows": Case([(4096, 64)]),
@@ -76,17 +88,26 @@ CASES = {
 class Report(NamedTuple):
     """What the assembler made of one kernel."""
 
+    architecture: str
+    case: str
+    backward: bool
+
     registers: int
     stack: int  # bytes a thread
     shared: int
     spills: int  # loads and stores of registers
     wide: float  # of the bytes of asynchronous copies (gfx: of loads), those moved 16 at a time
+    ordered: bool  # waits acquire, and arrivals release
     seconds: float
 
     def faults(self, case: Case) -> list[str]:
+        if self.architecture.startswith("gfx"):
+            return []
         found = ["spills"] if self.spills or self.stack else []
         if case.wide and self.wide < WIDE_SHARE:
             found.append("lost its wide loads")
+        if not self.ordered:
+            found.append("does not order memory")
         return found
 
 
@@ -135,55 +156,94 @@ def wide_share(widths: Sequence[int]) -> float:
     return sum(b for b in widths if b == 16) / max(1, sum(widths))
 
 
-def report(plan: launch.Plan, architecture: str) -> Report:
+def orders_memory(ptx: str) -> bool:
+    """Every CTA acquires where it polls a counter, and where it adds to one after a barrier."""
+    polls = re.findall(r"\bld\.global\.gpu\.acquire\b|\batom\.global\.gpu\.acquire\b", ptx)
+    lines = [line.strip() for line in ptx.splitlines()]
+    barrier, arrivals = 0, []
+    for at, line in enumerate(lines):
+        barrier = at if line.startswith("bar.sync") else barrier
+        if re.search(r"\batom\.global\.gpu\.acq_rel\.add\b", line):
+            # Nothing of the tile may be written between the barrier and the release.
+            arrivals.append(not any("st.global" in x for x in lines[barrier:at]))
+    return bool(polls) and len(arrivals) >= 2 and all(arrivals)
+
+
+def make_report(architecture: str, name: str, case: Case, backward: bool) -> Report:
+    plan = make_plan(case, backward)
     start = time.perf_counter()
     compiled = compile_plan(plan, architecture)
     seconds = time.perf_counter() - start
     shared = compiled.metadata.shared
+    report = functools.partial(Report, architecture, name, backward)
     if architecture.startswith("gfx"):
         code = compiled.asm["amdgcn"]
         count = {k: int(n) for k, n in re.findall(r"\.(\w+_count):\s*(\d+)", code)}
         loads = re.findall(r"\b(?:buffer|global)_load_(ushort|dwordx4|dwordx2|dword)\b", code)
         widths = [{"ushort": 2, "dword": 4, "dwordx2": 8, "dwordx4": 16}[x] for x in loads]
         spills = count["vgpr_spill_count"]
-        return Report(count["vgpr_count"], 0, shared, spills, wide_share(widths), seconds)
+        return report(count["vgpr_count"], 0, shared, spills, wide_share(widths), True, seconds)
     cubin = compiled.asm["cubin"]
     usage = re.search(r"REG:(\d+) STACK:(\d+)", disassemble(cubin, "-res-usage"))
     code = disassemble(cubin, "-sass")
     widths = re.findall(r"\bLDGSTS\.E(?:\.BYPASS)?(?:\.LTC\d+B)?(\.64|\.128)?", code)
-    return Report(
+    return report(
         int(usage[1]),
         int(usage[2]),
         shared,
         len(re.findall(r"\b(?:LDL|STL)\b", code)),
         wide_share([{"": 4, ".64": 8, ".128": 16}[w] for w in widths]),
+        orders_memory(compiled.asm["ptx"]),
         seconds,
     )
 
 
+def never_cached() -> None:
+    triton.knobs.compilation.always_compile = True
+
+
+def run_all(work: Sequence[tuple[Any, ...]], jobs: int) -> Iterator[Report]:
+    never_cached()
+    if jobs == 1:
+        yield from itertools.starmap(make_report, work)
+        return
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(
+        min(jobs, len(work)), context, never_cached
+    ) as pool:
+        yield from pool.map(make_report, *zip(*work, strict=True))
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
+    cases = {**CASES, **QUICK}
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--arch", nargs="+", default=ARCHITECTURES)
-    parser.add_argument("--case", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--full", action="store_true", help="every kind of block, whole models")
+    parser.add_argument("--case", nargs="+", choices=cases)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     chosen = parser.parse_args(arguments)
-    print(f"triton {triton.__version__}")
+    if launch.INTERPRETED:
+        parser.error("TRITON_INTERPRET is set: nothing would be compiled")
+    names = chosen.case or list(CASES if chosen.full else QUICK)
+    work = [
+        (architecture, name, cases[name], backward)
+        for architecture, name, backward in itertools.product(chosen.arch, names, (False, True))
+    ]
+    print(f"triton {triton.__version__}, {len(work)} kernels")
     head = ("kernel", "registers", "shared", "spills", "16-byte", "seconds")
     print("{:50}{:>10}{:>9}{:>7}{:>9}{:>9}".format(*head))
     failed = 0
-    for architecture in chosen.arch:
-        for name in chosen.case:
-            for backward in (False, True):
-                r = report(make_plan(CASES[name], backward), architecture)
-                judged = not architecture.startswith("gfx")
-                faults = r.faults(CASES[name]) if judged else []
-                failed += bool(faults)
-                target = architecture if architecture.startswith("gfx") else f"sm_{architecture}"
-                title = f"{target} {name}, {'backward' if backward else 'forward'}"
-                print(
-                    f"{title:50}{r.registers:10}{r.shared:9}{r.spills:7}{r.wide:9.0%}"
-                    f"{r.seconds:9.1f}  {', '.join(faults)}",
-                    flush=True,
-                )
+    for r in run_all(work, chosen.jobs):
+        faults = r.faults(cases[r.case])
+        failed += bool(faults)
+        target = r.architecture if r.architecture.startswith("gfx") else f"sm_{r.architecture}"
+        title = f"{target} {r.case}, {'backward' if r.backward else 'forward'}"
+        print(
+            f"{title:50}{r.registers:10}{r.shared:9}{r.spills:7}{r.wide:9.0%}"
+            f"{r.seconds:9.1f}  {', '.join(faults)}",
+            flush=True,
+        )
+    print(f"{failed} of {len(work)} kernels failed" if failed else "no kernel failed")
     return 1 if failed else 0
 
 
