@@ -1,6 +1,7 @@
 """Predicts what a launch moves: replays the Triton schedule of a workload through a model of L2.
 
     python -m benchmarks.traffic [workload ...] [--l2-mb 50] [--output float32|bfloat16]
+    python -m benchmarks.traffic --save     the published rows, and their table in docs/gpu.md
 
 Nothing here is measured. Device-memory bytes are compared with their floor (each input read once,
 each output written once). The time is that of ``programs`` workers that take the tiles in order and
@@ -15,12 +16,15 @@ from __future__ import annotations
 
 import argparse
 import heapq
+import json
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
-from benchmarks import workloads
+from tabulate import tabulate
+
+from benchmarks import store, tables, workloads
 from srn_kernels.backends.tiling.config import KB, MB, LaunchConfig
 from srn_kernels.backends.tiling.layout import Layout, Spec, design, model_bytes
 from srn_kernels.backends.tiling.schedule import Phase, Tile, build
@@ -238,28 +242,124 @@ class Prediction(NamedTuple):
         return self.seconds / self.floor_seconds
 
 
+@dataclass(frozen=True)
+class Row:
+    """A prediction of one direction, as it is stored; the commit is that of the schedule."""
+
+    commit: str
+    dirty: bool
+    date: str
+    workload: str
+    direction: str
+    output_dtype: str
+    l2_mb: int
+    processors: int
+    device_bytes_per_s: float
+    l2_bytes_per_s: float
+    largest_layer_bytes: int
+    floor_bytes: int
+    predicted_device_read_bytes: int
+    predicted_device_written_bytes: int
+    predicted_traffic_over_floor_x: float
+    predicted_time_over_floor_x: float
+    predicted_waiting_share: float
+
+
+DIRECTIONS = ("forward", "backward")
+OUTPUTS = {"float32": 4, "bfloat16": 2}  # of W_hat and G, bytes
+ROWS = store.RESULTS / "traffic.jsonl"
+DOCUMENT = store.HERE.parent / "docs" / "gpu.md"
+
+
+def predict(workload: workloads.Workload, output: str, machine: Machine) -> list[Row]:
+    """Both directions of a workload with float32 weights."""
+    environment = store.environment()
+    rows = []
+    for direction in DIRECTIONS:
+        backward = direction == "backward"
+        p = Replay(workload.shapes, machine, backward, other_bytes=OUTPUTS[output]).run()
+        rows.append(
+            Row(
+                environment.commit,
+                environment.dirty,
+                environment.date,
+                workload.name,
+                direction,
+                output,
+                machine.l2_bytes // MB,
+                machine.processors,
+                machine.device_rate,
+                machine.l2_rate,
+                max(r * c for r, c in workload.shapes) * 4,
+                p.floor_bytes,
+                p.device_read,
+                p.device_written,
+                round(p.traffic, 4),
+                round(p.time, 4),
+                round(p.waiting, 4),
+            )
+        )
+    return rows
+
+
+def stored() -> list[Row]:
+    return [Row(**json.loads(line)) for line in ROWS.read_text().splitlines()]
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Markdown: a line a workload, for each kind of output."""
+    head = ["workload", "largest layer, MB"]
+    head += [f"{d}: {what}" for d in DIRECTIONS for what in ("bytes", "time", "waiting")]
+    parts = []
+    for output in dict.fromkeys(r.output_dtype for r in rows):
+        lines: dict[str, list[str]] = {}
+        for r in rows:
+            if r.output_dtype == output:
+                line = lines.setdefault(
+                    r.workload, [r.workload, f"{r.largest_layer_bytes / MB:.1f}"]
+                )
+                line.append(f"{r.predicted_traffic_over_floor_x:.2f}")
+                line.append(f"{r.predicted_time_over_floor_x:.2f}")
+                line.append(f"{r.predicted_waiting_share:.0%}")
+        title = f"**float32 weights, {output} W_hat and gradients**"
+        body = tabulate(lines.values(), head, tablefmt="github", disable_numparse=True)
+        parts.append(f"{title}\n\n{body}")
+    r = rows[0]
+    note = (
+        f"Predicted for {r.processors} SMs, {r.l2_mb} MB of L2, {r.device_bytes_per_s / 1e12:.1f} "
+        f"TB/s to device memory and {r.l2_bytes_per_s / 1e12:.1f} TB/s to L2; commit {r.commit}. "
+        "Made by `python -m benchmarks.traffic --save`."
+    )
+    return "\n\n".join([*parts, note])
+
+
+def save(rows: Sequence[Row]) -> None:
+    """A prediction is a function of the source: the new rows replace the old."""
+    ROWS.write_text("".join(json.dumps(asdict(row)) + "\n" for row in rows))
+    DOCUMENT.write_text(tables.replaced(DOCUMENT.read_text(), table(rows)))
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     known = workloads.load()
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("workload", nargs="*", help=f"of {', '.join(known)}; all by default")
-    parser.add_argument("--l2-mb", type=int, default=50)
-    parser.add_argument("--output", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--l2-mb", type=int, default=Machine.l2_bytes // MB)
+    parser.add_argument("--output", choices=OUTPUTS, nargs="+", default=list(OUTPUTS))
+    parser.add_argument("--save", action="store_true", help="all of it, published")
     chosen = parser.parse_args(arguments)
+    if chosen.save and (chosen.workload or chosen.l2_mb * MB != Machine.l2_bytes):
+        parser.error("--save publishes all workloads at the default machine")
     machine = Machine(l2_bytes=chosen.l2_mb * MB)
-    other = 4 if chosen.output == "float32" else 2
-    print(
-        f"{'workload':28}{'largest MB':>11}  {'forward: bytes':>15}{'time':>6}{'waiting':>9}",
-        end="",
-    )
-    print(f"  {'backward: bytes':>15}{'time':>6}{'waiting':>9}")
-    for name in chosen.workload or known:
-        shapes = known[name].shapes
-        largest = max(r * c for r, c in shapes) * 4 / 1e6
-        cells = ""
-        for backward in (False, True):
-            p = Replay(shapes, machine, backward, other_bytes=other).run()
-            cells += f"  {p.traffic:15.3f}{p.time:6.2f}{p.waiting:9.1%}"
-        print(f"{name:28}{largest:11.1f}{cells}", flush=True)
+    names = chosen.workload or list(known)
+    rows = [
+        row
+        for output in chosen.output
+        for name in names
+        for row in predict(workloads.find(name), output, machine)
+    ]
+    print(table(rows))
+    if chosen.save:
+        save(rows)
 
 
 if __name__ == "__main__":

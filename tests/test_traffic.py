@@ -9,8 +9,22 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import workloads
-from benchmarks.traffic import BLOCK, FIRST, L2, LAST, NORMAL, Machine, Replay
+from benchmarks import tables, workloads
+from benchmarks.traffic import (
+    BLOCK,
+    DIRECTIONS,
+    DOCUMENT,
+    FIRST,
+    L2,
+    LAST,
+    NORMAL,
+    OUTPUTS,
+    Machine,
+    Replay,
+    predict,
+    stored,
+    table,
+)
 from srn_kernels.backends import triton as backend
 from srn_kernels.backends.tiling.config import KB, MB, LaunchConfig
 from srn_kernels.backends.tiling.schedule import Phase
@@ -147,6 +161,19 @@ def expected(replay: Replay) -> Counter:
         for access in replay.tile(tile):
             counts[access.array, access.write] += access.size
     return counts
+
+
+def test_the_stored_predictions_are_those_of_this_source_and_the_document_shows_them():
+    rows = stored()
+    subjects = [(r.workload, r.output_dtype, r.direction) for r in rows]
+    assert subjects == [(w, o, d) for o in OUTPUTS for w in WORKLOADS for d in DIRECTIONS]
+    stamp = dict.fromkeys(("commit", "dirty", "date"), "")
+    for name in SMALL_LAYERS[:3]:
+        for output in OUTPUTS:
+            now = predict(WORKLOADS[name], output, H200)
+            then = [r for r in rows if (r.workload, r.output_dtype) == (name, output)]
+            assert [replace(r, **stamp) for r in now] == [replace(r, **stamp) for r in then]
+    assert not tables.difference(DOCUMENT, table(rows))
 
 
 def test_partial_sums_are_written_and_read_once():

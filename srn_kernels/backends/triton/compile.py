@@ -1,6 +1,6 @@
-"""Compiles the kernels ahead of time, on any machine: registers, shared memory, spills, wide loads.
+"""Compiles the kernels ahead of time, on any machine, and reports what the assembler made of them.
 
-    python -m srn_kernels.backends.triton.compile [--full] [--arch 80 90 100 gfx942] [--case NAME ...]
+    python -m srn_kernels.backends.triton.compile [--full] [--arch 80 90 gfx942] [--case NAME ...]
 
 Fails if a kernel spills, if one whose rows are aligned does not load them 16 bytes at a time, or if
 one does not order memory between CTAs; AMD targets are reported, not judged. Nothing comes from
