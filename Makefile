@@ -1,5 +1,9 @@
 # make demo   sets everything up and runs the main job (pictures and metrics.json under out/)
 # make test   sets everything up and passes the tests
+# make kernels    compiles every GPU kernel ahead of time; fails on spills and on lost wide loads;
+#                 FULL=1 for every kind of layer and whole models
+# make gpu-check  on a GPU machine: build, tests, launches, benchmarks, into OUT; needs no network
+#                 and no virtual environment, PYTHON must have torch and triton
 # make bench  the CPU benchmark suite, 10 minutes; BENCH_ARGS=--quick for a minute, --save to keep rows
 #
 # PYTHON chooses the interpreter of the virtual environment, TORCH the requirement for torch.
@@ -9,6 +13,7 @@ TORCH ?= torch==2.13.0
 OUT ?= out
 BENCH_ARGS ?=
 TEST_ARGS ?=
+GPU_CHECK_ARGS ?=
 
 # Tests of the Triton kernels in Triton's interpreter; their own file skips without it or a GPU.
 INTERPRETED := tests/test_triton_kernels.py tests/test_traffic.py tests/test_functional.py \
@@ -25,7 +30,7 @@ NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/* csrc/cuda/*)
 FORMATTED := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cpu/*.inc csrc/cuda/*.cu \
 	csrc/cuda/*.cpp csrc/cuda/*.h csrc/cuda/shim/*.cpp csrc/cuda/shim/*.h)
 
-.PHONY: setup demo test lint format bench clean
+.PHONY: setup demo test lint format kernels gpu-check bench clean
 
 $(VENV)/created: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -54,11 +59,18 @@ format: setup
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(FORMATTED)
 
+kernels: setup
+	$(BIN)/python -m srn_kernels.backends.triton.compile $(if $(FULL),--full)
+
+gpu-check:
+	PYTHONPATH="$(CURDIR):$(CURDIR)/python" $(PYTHON) -m benchmarks.gpu_check --out "$(OUT)" $(GPU_CHECK_ARGS)
+
 test: lint
 	$(BIN)/python -m pytest --require-backend cpu $(TEST_ARGS)
 ifeq ($(shell uname -s),Linux)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest --require-backend triton $(INTERPRETED)
 	$(BIN)/python -m pytest --cuda-shim --require-backend cuda $(EMULATED)
+	$(MAKE) --no-print-directory kernels
 endif
 
 bench: setup

@@ -347,6 +347,8 @@ class Reference(StatefulRunner):
 
 @provider("functional", "srn_kernels functional", stable_rank=True, needs_kernels=True)
 class Functional(StatefulRunner):
+    backend = "cpu"
+
     def outputs(self) -> Sequence[Tensor]:
         return srn.functional.stable_rank_normalize(
             self.parameters,
@@ -355,7 +357,7 @@ class Functional(StatefulRunner):
             self.target_ranks,
             n_power_iterations=self.problem.n_power_iterations,
             training=self.training,
-            backend="cpu",
+            backend=self.backend,
         )
 
 
@@ -363,10 +365,12 @@ class Functional(StatefulRunner):
 class Module(ModelRunner):
     """What people use: one call on a model, hooks included."""
 
+    backend = "cpu"
+
     def wrap(self) -> None:
         srn.apply_stable_rank_norm(
             self.model,
             self.rank_ratio,
             n_power_iterations=self.problem.n_power_iterations,
-            backend="cpu",
+            backend=self.backend,
         )

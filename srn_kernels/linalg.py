@@ -140,8 +140,8 @@ def power_triples(
     """
     columns = w.shape[-1]
     block = min(columns, k + oversampling)
-    generator = torch.Generator().manual_seed(0)
-    start = torch.randn(columns, block, generator=generator, dtype=torch.float64)
+    generator = torch.Generator("cpu").manual_seed(0)
+    start = torch.randn(columns, block, generator=generator, dtype=torch.float64, device="cpu")
     x = torch.linalg.qr(start).Q.to(w.device, w.dtype).expand(*w.shape[:-2], columns, block)
     frobenius = torch.linalg.matrix_norm(w) if isinstance(w, Tensor) else None
     done, before = 0, torch.inf

@@ -239,14 +239,16 @@ class NormalizedWeight:
         """u (rows,) and v (columns,) of norm 1, or blocks (rows, size), (columns, size) that keep
         several singular values, from a draw that depends on the label and shape alone."""
         weight = self.weight
-        generator = torch.Generator().manual_seed(
+        generator = torch.Generator("cpu").manual_seed(
             zlib.crc32(f"{self.label}:{tuple(weight.shape)}".encode())
         )
         dtype = state_dtype(weight.dtype)
         rows, columns = self.matrix_shape()
         size = block_size(self.settings.preserve, rows, columns)
         shapes = [(n,) if size == 1 else (n, size) for n in (rows, columns)]
-        drawn = [torch.randn(n, generator=generator, dtype=torch.float64) for n in shapes]
+        drawn = [
+            torch.randn(n, generator=generator, dtype=torch.float64, device="cpu") for n in shapes
+        ]
         return tuple((x / x.norm()).to(dtype).to(weight.device) for x in drawn)
 
 

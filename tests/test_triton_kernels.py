@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -23,7 +24,7 @@ from gpu_rounds import (
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from benchmarks import workloads
+from benchmarks import gpu, workloads
 from srn_kernels import functional
 from srn_kernels.backends import triton as backend
 from srn_kernels.reference import PASS_THROUGH, padded
@@ -42,6 +43,7 @@ DEVICE = device_of(backend)
 INTERPRETED = DEVICE == "cpu"
 WORKLOADS = workloads.load()
 EMPTY = torch.empty
+F32 = torch.float32
 
 
 @pytest.fixture(autouse=True)
@@ -243,6 +245,89 @@ def test_one_launch_each_way_for_any_number_of_layers(iterations, monkeypatch):
         launch.normalize_backward(*arguments)
     assert len(launches) == 1
     assert set(seen.names) <= {"aten::empty.memory_format"}, seen.names
+
+
+def test_every_verb_and_a_models_training_step_are_one_launch_each():
+    device = torch.device(DEVICE)
+    count = gpu.count_interpreted if INTERPRETED else gpu.count_cuda
+    taken = {name: count(body)[0] for name, body in gpu.steps(device, "triton").items()}
+    assert {"forward", "backward", "projection", "model forward", "model backward"} <= taken.keys()
+    assert taken == dict.fromkeys(taken, 1)
+
+
+def test_the_default_device_does_not_matter():
+    made = Round.make([(torch.randn(40, 27), 0), oracle.make_weight("permuted", (9, 18), F32)])
+    expected = made.copy()
+    expected.normalize(1)
+    launch.plan_for.cache_clear()
+    with torch.device("meta"):
+        made.normalize(1)
+    assert all(torch.equal(a, b) for a, b in zip(made.outs, expected.outs, strict=True))
+
+
+def test_threads_share_a_plan():
+    """Each with weights and, on a GPU, a stream of its own."""
+    rounds = [Round.make([(torch.randn(s), 0) for s in [(40, 27), (60, 260)]]) for _ in range(4)]
+    expected = [made.copy() for made in rounds]
+    for made in expected:
+        for _ in range(3):
+            made.normalize(1)
+    errors: list[BaseException] = []
+
+    def work(made: Round) -> None:
+        try:
+            with torch.cuda.stream(None if INTERPRETED else torch.cuda.Stream()):
+                for _ in range(3):
+                    made.normalize(1)
+                if not INTERPRETED:
+                    torch.cuda.current_stream().synchronize()
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(made,)) for made in rounds]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert not errors
+    for made, want in zip(rounds, expected, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(made.outs, want.outs, strict=True))
+
+
+@pytest.mark.skipif(INTERPRETED, reason="CUDA graphs need a GPU")
+def test_a_captured_round_replays_with_what_the_weights_hold_then(plans):
+    made = Round.make([(torch.randn(s), 0) for s in [(40, 27), (60, 260), (1, 300)]])
+    grads = [torch.randn_like(w) for w in made.weights]
+    results = [nan_like(w) for w in made.weights]
+    rows = range(len(grads))
+
+    def step(round_: Round) -> None:
+        round_.normalize(1)
+        launch.normalize_backward(
+            grads, round_.weights, round_.round_state, round_.stats, results, rows, *shape
+        )
+
+    shape = (made.offsets, made.dims)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step(made)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step(made)
+    launch.plan_for.cache_clear()  # the graph's tables are its own
+    for _ in range(3):
+        for w in made.weights:
+            w.normal_()
+        expected = made.copy()
+        graph.replay()
+        got = [t.clone() for t in (*made.outs, *made.us, *made.vs, *results)]
+        step(expected)
+        want = (*expected.outs, *expected.us, *expected.vs, *results)
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    torch.cuda.synchronize()
+    assert not any(slot.counters.any() for plan in plans for slot in plan.slots.all())
 
 
 def test_the_padding_of_a_rounds_state_stays_untouched():

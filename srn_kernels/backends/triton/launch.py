@@ -165,7 +165,7 @@ class Plan:
     def _column_table(self, layout: Layout) -> int:
         if layout.column_of is None:
             return 0
-        table = torch.tensor(layout.column_of, dtype=torch.int32).to(self.device)
+        table = torch.tensor(layout.column_of, dtype=torch.int32, device=self.device)
         self.column_tables.append(table)
         return table.data_ptr()
 

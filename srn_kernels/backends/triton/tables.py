@@ -60,8 +60,8 @@ class HostRuntime:
     """CPU tensors, in Triton's interpreter."""
 
     def tables(self, count: int, words: int, counters: int) -> tuple[Tensor, Tensor, Tensor]:
-        host = torch.zeros(count, words, dtype=torch.int64)
-        return host, host, torch.zeros(count, counters, dtype=torch.int32)
+        host = torch.zeros(count, words, dtype=torch.int64, device="cpu")
+        return host, host, torch.zeros(count, counters, dtype=torch.int32, device="cpu")
 
     def event(self) -> Event:
         return HostEvent()
@@ -81,7 +81,7 @@ class CudaRuntime:
         self.device = device
 
     def tables(self, count: int, words: int, counters: int) -> tuple[Tensor, Tensor, Tensor]:
-        host = torch.empty(count, words, dtype=torch.int64, pin_memory=True)
+        host = torch.empty(count, words, dtype=torch.int64, pin_memory=True, device="cpu")
         device = torch.empty(count, words, dtype=torch.int64, device=self.device)
         zeros = torch.zeros(count, counters, dtype=torch.int32, device=self.device)
         torch.cuda.current_stream(self.device).synchronize()  # any stream may use them from now on
