@@ -256,7 +256,7 @@ def test_every_verb_and_a_models_training_step_are_one_launch_each():
 
 
 def test_the_default_device_does_not_matter():
-    made = Round.make([(torch.randn(40, 27), 0), oracle.make_weight("permuted", (9, 18), F32)])
+    made = make_round([(torch.randn(40, 27), 0), oracle.make_weight("permuted", (9, 18), F32)])
     expected = made.copy()
     expected.normalize(1)
     launch.plan_for.cache_clear()
@@ -267,7 +267,7 @@ def test_the_default_device_does_not_matter():
 
 def test_threads_share_a_plan():
     """Each with weights and, on a GPU, a stream of its own."""
-    rounds = [Round.make([(torch.randn(s), 0) for s in [(40, 27), (60, 260)]]) for _ in range(4)]
+    rounds = [make_round([(torch.randn(s), 0) for s in [(40, 27), (60, 260)]]) for _ in range(4)]
     expected = [made.copy() for made in rounds]
     for made in expected:
         for _ in range(3):
@@ -296,7 +296,7 @@ def test_threads_share_a_plan():
 
 @pytest.mark.skipif(INTERPRETED, reason="CUDA graphs need a GPU")
 def test_a_captured_round_replays_with_what_the_weights_hold_then(plans):
-    made = Round.make([(torch.randn(s), 0) for s in [(40, 27), (60, 260), (1, 300)]])
+    made = make_round([(torch.randn(s), 0) for s in [(40, 27), (60, 260), (1, 300)]])
     grads = [torch.randn_like(w) for w in made.weights]
     results = [nan_like(w) for w in made.weights]
     rows = range(len(grads))
