@@ -73,6 +73,57 @@ def power_iteration(w: Tensor, u: Tensor, v: Tensor, iterations: int) -> tuple[T
     return u, v
 
 
+def contraction(q: Tensor, target_rank: float | Tensor, good: Tensor) -> tuple[Tensor, Tensor]:
+    """(active, gamma) of Theorem 1 with k = 1, elementwise: gamma = sqrt((r - 1) / q) where
+    q > r - 1. ``good``: where sigma can be divided by."""
+    r = torch.as_tensor(target_rank, dtype=q.dtype, device=q.device)
+    active = good & (q > r - 1.0)
+    excess = torch.where(r.isinf(), 1.0, (r - 1.0).clamp_min(0.0).sqrt())
+    return active, torch.where(active, excess * torch.where(active, q, 1.0).rsqrt(), 1.0)
+
+
+def layer_stats(
+    sigma: Tensor,
+    frobenius_sq: Tensor,
+    q: Tensor,
+    gamma: Tensor,
+    active: Tensor,
+    good: Tensor,
+    broken: Tensor,
+) -> Tensor:
+    """The columns of :data:`STATS`, from tensors of one shape; a = gamma / sigma, b = 1 - gamma."""
+    nan = torch.full_like(sigma, float("nan"))
+    branch = torch.where(active, float(STABLE_RANK), float(SPECTRAL)).double()
+    branch = torch.where(good, branch, float(PASS_THROUGH))
+    branch = torch.where(broken, float(NON_FINITE), branch)
+    a = torch.where(good, gamma / torch.where(good, sigma, 1.0), 1.0)
+    columns = [
+        sigma,
+        frobenius_sq,
+        torch.where(broken, nan, torch.where(good, q, 0.0)),
+        torch.where(broken, nan, gamma),
+        torch.where(broken, nan, a),
+        torch.where(broken, nan, torch.where(good, 1.0 - gamma, 0.0)),
+        branch,
+        torch.zeros_like(sigma),
+    ]
+    return torch.stack(columns, dim=-1)
+
+
+def gradient_coefficients(
+    g_w: Tensor, d: Tensor, q: Tensor, moving: Tensor, active: Tensor, good: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(x, y) of dL/dW = gamma / sigma (G + x W / sigma + y u v^T), elementwise.
+
+    With g_w = <G, W> / sigma and d = g_w - u^T G v: x = -d / q and y = (q + 1) / q d - g_w where
+    gamma moves with W, x = 0 and y = -g_w on the spectral branch.
+    """
+    q = torch.where(moving, q, 1.0)
+    x = torch.where(moving, -d / q, 0.0)
+    y = torch.where(moving, (q + 1.0) / q * d - g_w, torch.where(active, 0.0, -g_w))
+    return x, torch.where(good, y, 0.0)
+
+
 def normalize_layer(
     weight: Tensor,
     u: Tensor,
@@ -118,10 +169,7 @@ def normalize_layer(
     # |W / sigma - u v^T|_F^2 = |W|_F^2 / sigma^2 - 1 for any unit u, v with sigma = u^T W v.
     ratio = scaled.square().sum(dtype=torch.float64)
     q = (ratio - 1.0).clamp_min(0.0)
-    active = good & (q > target_rank - 1.0)
-    # Theorem 1, k = 1: gamma = sqrt(r - 1) / |W / sigma - u v^T|_F.
-    excess = max(target_rank - 1.0, 0.0) ** 0.5 if target_rank != float("inf") else 1.0
-    gamma = torch.where(active, excess * torch.where(active, q, 1.0).rsqrt(), 1.0)
+    active, gamma = contraction(q, target_rank, good)
     outer = torch.outer(new_u, new_v)
     if gradient == "exact":
         outer = TopOuter.apply(w, new_u, torch.where(good, sigma, 1.0).to(dtype), new_v)
@@ -129,24 +177,8 @@ def normalize_layer(
     w_hat = torch.where(broken, torch.full_like(w_hat, float("nan")), w_hat)
 
     with torch.no_grad():
-        nan = torch.full_like(sigma, float("nan"))
-        branch = torch.where(active, float(STABLE_RANK), float(SPECTRAL)).double()
-        branch = torch.where(good, branch, float(PASS_THROUGH))
-        branch = torch.where(broken, float(NON_FINITE), branch)
-        a = torch.where(good, gamma / torch.where(good, sigma, 1.0), 1.0)
         frobenius_sq = fixed.double().square().sum()
-        stats = torch.stack(
-            [
-                sigma.detach(),
-                frobenius_sq,
-                torch.where(broken, nan, torch.where(good, q, 0.0)),
-                torch.where(broken, nan, gamma),
-                torch.where(broken, nan, a),
-                torch.where(broken, nan, torch.where(good, 1.0 - gamma, 0.0)),
-                branch,
-                torch.zeros_like(sigma),
-            ]
-        )
+        stats = layer_stats(sigma.detach(), frobenius_sq, q, gamma, active, good, broken)
     w_hat = from_matrix(w_hat, weight, dim).to(out_dtype or weight.dtype)
     return NormalizedLayer(w_hat, new_u, new_v, stats)
 
@@ -182,9 +214,7 @@ def layer_gradient(
     gamma = torch.where(active, torch.where(moving, excess * q.rsqrt(), 0.0), 1.0)
     g_w = (g * scaled).sum(dtype=torch.float64)  # <G, W> / sigma
     d = g_w - (u @ (g @ v)).double()
-    weight_part = torch.where(moving, -d / q, 0.0)
-    outer_part = torch.where(moving, (q + 1.0) / q * d - g_w, torch.where(active, 0.0, -g_w))
-    outer_part = torch.where(good, outer_part, 0.0)
+    weight_part, outer_part = gradient_coefficients(g_w, d, q, moving, active, good)
     combined = g + weight_part.to(dtype) * scaled + outer_part.to(dtype) * torch.outer(u, v)
     combined = (gamma / sigma).to(dtype) * combined
     combined = torch.where(branch == NON_FINITE, torch.full_like(combined, float("nan")), combined)
