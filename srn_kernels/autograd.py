@@ -52,6 +52,8 @@ class RoundRecord:
         self.round_state: Tensor | None = None
         self.stats: Tensor | None = None
         self.backward_seen = False
+        self.iterated = False  # of shards: whether u and v moved,
+        self.written: list[int] = []  # and the versions of their weights
         self.earlier: list[weakref.ref[RoundRecord]] = []
 
     def waiting(self) -> list[RoundRecord]:

@@ -1,4 +1,4 @@
-"""state_dict in the formats people have: our own, plain, and three ways to keep spectral norm.
+"""state_dict in the formats people have: our own, plain, and the ways to keep spectral norm.
 
 own                      ``weight``, ``weight_u``, ``weight_v``
 plain                    ``weight``; u, v converge anew
@@ -6,13 +6,16 @@ torch's legacy hook      ``weight_orig``, ``weight_u``, ``weight_v`` (its versio
 public stable_rank hook  the same keys
 torch's parametrization  ``parametrizations.weight.original``, and ``_u``, ``_v`` below
                          ``parametrizations.weight.0.``
+layer classes            ``weight``; ``u0``, ``sv0`` (BigGAN) or ``sn_u``, ``sn_sigma`` (mimicry)
+wrapper modules          ``module.weight_bar``, ``module.weight_u``, ``module.weight_v`` (SAGAN)
 """
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from srn_kernels.reference import matrix, state_dtype
 from srn_kernels.state import KEY, NormalizedWeight, converge
@@ -23,9 +26,49 @@ def _move(state_dict: dict[str, Any], old: str, new: str) -> None:
         state_dict[new] = state_dict.pop(old)
 
 
+def next_pair(weight: Tensor, dim: int, u: Tensor, iterations: int = 1) -> tuple[Tensor, Tensor]:
+    """The u, v that code which keeps u alone uses next: v = W^T u / |W^T u|, u = W v / |W v|."""
+    w = matrix(weight.detach(), dim).to(state_dtype(weight.dtype))
+    u = u.detach().reshape(-1).to(w)
+    for _ in range(iterations):
+        v = w.T @ u
+        v = v / v.norm().clamp_min(1e-30)
+        u = w @ v
+        u = u / u.norm().clamp_min(1e-30)
+    return u, v
+
+
+def _adopt_own_code(
+    state_dict: dict[str, Any], prefix: str, name: str, entry: NormalizedWeight
+) -> None:
+    """Takes over the keys of layer classes and wrappers that people wrote themselves."""
+    key, inner = prefix + name, prefix + "module."
+    u = None
+    if inner + name + "_bar" in state_dict:
+        u = state_dict.pop(inner + name + "_u", None)
+        state_dict.pop(inner + name + "_v", None)
+        _move(state_dict, inner + name + "_bar", key)
+        for old in [k for k in state_dict if k.startswith(inner)]:
+            _move(state_dict, old, prefix + old[len(inner) :])
+    elif name == "weight":
+        for first, rest in (("u0", r"(u|sv)\d+"), ("sn_u", "sn_(u|sigma)")):
+            if prefix + first in state_dict:
+                u = state_dict[prefix + first]
+                pattern = re.compile(re.escape(prefix) + rest)
+                for old in [k for k in state_dict if pattern.fullmatch(k)]:
+                    del state_dict[old]
+    if u is None or key not in state_dict or state_dict[key].is_meta:
+        return
+    rows = state_dict[key].shape[entry.settings.dim]
+    if u.numel() == rows:
+        pair = next_pair(state_dict[key], entry.settings.dim, u)
+        state_dict[key + "_u"], state_dict[key + "_v"] = pair
+
+
 def _adopt(state_dict: dict[str, Any], prefix: str, name: str, entry: NormalizedWeight) -> None:
     """Renames one parameter's keys to ours and marks u, v that the checkpoint does not hold."""
     key = prefix + name
+    _adopt_own_code(state_dict, prefix, name, entry)
     if key + "_orig" in state_dict:
         state_dict.pop(key, None)  # version 0 also stored the normalised weight
         _move(state_dict, key + "_orig", key)
@@ -54,8 +97,9 @@ def _adopt(state_dict: dict[str, Any], prefix: str, name: str, entry: Normalized
             getattr(entry, suffix[1:]).copy_(drawn)
     complete = key + "_u" in state_dict and key + "_v" in state_dict
     if not complete:
-        for suffix, present in (("_u", entry.u), ("_v", entry.v)):
-            state_dict.setdefault(key + suffix, present)
+        module, buffer = entry.sites[0][0], entry.sites[0][1]
+        for suffix in ("_u", "_v"):
+            state_dict.setdefault(key + suffix, module._buffers[buffer + suffix])
     entry.loading = "kept" if complete else "converge"
 
 
@@ -83,6 +127,7 @@ def _after_loading(module: nn.Module, incompatible_keys: Any) -> None:
         if loading == "kept":
             entry.share_state()
             entry.mark_fresh()
+            entry.provisional = None
         else:
             converging.append(entry)
     converge(converging)

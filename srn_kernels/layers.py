@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from srn_kernels import checkpoint, rounds
+from srn_kernels.functional import check_count
 from srn_kernels.state import (
     KEY,
     KeepState,
@@ -22,6 +23,7 @@ from srn_kernels.state import (
     check_ratio,
     check_weight,
     converge,
+    is_split,
     normalize_entries,
 )
 
@@ -76,11 +78,15 @@ def _prepare(
             f"{sorted(module._parameters)}"
         )
     weight = module._parameters[name]
-    check_weight(weight, label)
+    check_weight(module, weight, label)
     settings = Settings(dim=_resolve_dim(module, weight, dim, label), **keywords)
     for suffix in ("_u", "_v", "_gain") if settings.gain else ("_u", "_v"):
         if hasattr(module, name + suffix):
             raise ValueError(f"{type(module).__name__} has an attribute {name + suffix!r} already")
+    if is_split(weight):
+        from srn_kernels import sharded  # torch.distributed only where it is in use
+
+        sharded.check(weight, settings, label)
     return NormalizedWeight(module, name, label, settings)
 
 
@@ -197,7 +203,7 @@ def stable_rank_norm(
             "one apply_stable_rank_norm call"
         )
     _attach(entry)
-    converge([entry])
+    converge([entry], provisional=True)
     return module
 
 
@@ -334,7 +340,7 @@ def select(
             if isinstance(weight, nn.parameter.UninitializedTensorMixin):
                 skipped.append((label, "lazy: not initialised yet"))
                 continue
-            if weight.numel() == 0:
+            if weight.numel() == 0 and not hasattr(weight, "_fsdp_flattened"):
                 skipped.append((label, "no elements"))
                 continue
             entry = _prepare(module, name, label, layer_dim, layer_keywords)
@@ -385,6 +391,7 @@ def apply_stable_rank_norm(
     sigma_max: float | None = None,
     grad_through_sigma: bool = True,
     gain: bool = False,
+    groups: int = 1,
 ) -> nn.Module:
     """Normalises every layer of a model, one fused round per forward of ``model``.
 
@@ -397,6 +404,9 @@ def apply_stable_rank_norm(
         layer_types: classes in place of Linear, Conv1-3d and ConvTranspose1-3d; recurrent layers,
             Embedding and MultiheadAttention (its input projections) by asking.
         overrides: {name or glob: {keyword: value}} for single layers; later entries win.
+        groups: split the round into this many consecutive ones of about the same size, so that
+            gradients of the last layers are complete while backward still runs, and
+            DistributedDataParallel can send them meanwhile. Eager mode only.
 
     Raises:
         ValueError, TypeError: naming the argument or layer; the model is as it was.
@@ -414,6 +424,7 @@ def apply_stable_rank_norm(
         "grad_through_sigma": grad_through_sigma,
         "gain": gain,
     }
+    check_count(groups, "groups", 1)
     added, skipped = select(
         model,
         keywords,
@@ -428,9 +439,10 @@ def apply_stable_rank_norm(
         _attach(entry)
     _hook_readers(model)
     this.add(added)
-    known = {name for name, _ in skipped}
+    this.groups = groups
+    known = {name for name, _ in skipped} | {entry.label for entry in added}
     this.skipped = [s for s in this.skipped if s[0] not in known] + skipped
-    converge(added)
+    converge(added, provisional=True)
     return model
 
 
@@ -452,12 +464,13 @@ def skipped(model: nn.Module) -> list[tuple[str, str]]:
     return [] if this is None else list(this.skipped)
 
 
-def fuse(model: nn.Module) -> nn.Module:
+def fuse(model: nn.Module, *, groups: int = 1) -> nn.Module:
     """Takes every normalised layer of ``model``, whatever round it was in, into one of ``model``.
 
-    Layers that share a Parameter then share u, v and W_hat. Returns the model; ValueError if
-    nothing in it is normalised.
+    Layers that share a Parameter then share u, v and W_hat. groups: see
+    :func:`apply_stable_rank_norm`. Returns the model; ValueError if nothing in it is normalised.
     """
+    check_count(groups, "groups", 1)
     entries = rounds.entries_of(model)
     if not entries:
         raise ValueError(f"model: no normalised layer in {type(model).__name__}")
@@ -472,6 +485,7 @@ def fuse(model: nn.Module) -> nn.Module:
             rounds.drop_round(module)
     this = rounds.round_of(model)
     this.entries = []
+    this.groups = groups
     this.add(list(merged.values()))
     _hook_readers(model)
     return model
@@ -505,7 +519,8 @@ def current_weights(entries: Sequence[NormalizedWeight]) -> list[Tensor]:
 
 
 def _converged_copy(entry: NormalizedWeight) -> tuple[Tensor, Tensor]:
-    fresh = entry.unset or not (entry.u.isfinite().all() and entry.v.isfinite().all())
+    fresh = entry.unset or entry.is_untouched()
+    fresh = fresh or not (entry.u.isfinite().all() and entry.v.isfinite().all())
     pair = entry.drawn_state() if fresh else (entry.u.clone(), entry.v.clone())
     if entry.settings.init_iterations:
         with torch.no_grad():

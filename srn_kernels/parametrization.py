@@ -31,7 +31,7 @@ class StableRankNorm(nn.Module):
         dim: int = 0,
     ) -> None:
         super().__init__()
-        check_weight(weight, "weight")
+        check_weight(self, weight, "weight")
         if weight.dim() > 1 and not -weight.dim() <= dim < weight.dim():
             raise ValueError(f"dim {dim} is no dimension of a weight of {tuple(weight.shape)}")
         settings = Settings(rank_ratio=rank_ratio, n_power_iterations=n_power_iterations, eps=eps)

@@ -13,7 +13,7 @@ from srn_kernels import block, rounds
 from srn_kernels.layers import _converged_copy, current_weights, skipped
 from srn_kernels.operator_norm import LAYERS, input_shapes, operator_norm
 from srn_kernels.reference import STABLE_RANK, matrix, normalize_layer
-from srn_kernels.state import NormalizedWeight
+from srn_kernels.state import NormalizedWeight, is_split
 
 
 @dataclass(frozen=True)
@@ -96,6 +96,8 @@ def _row(entry: NormalizedWeight, note: str) -> LayerReport:
     with torch.no_grad():
         u, v = _converged_copy(entry) if entry.is_stale() else (entry.u, entry.v)
         weight = entry.matrix_weight()
+        if is_split(weight):  # only for looking at; all processes have to ask for the report
+            weight = weight.full_tensor()
         dim = entry.settings.dim if entry.weight.dim() > 1 else 0
         settings, k = entry.settings, entry.settings.preserve
         arguments = (weight, u, v, entry.target_rank(), 0, settings.eps, dim)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
+import pickle
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,6 +108,47 @@ class Owner:
     """Identity of the round that a wrapped parameter belongs to."""
 
 
+def is_split(weight: Tensor) -> bool:
+    """Whether a tensor is a DTensor: FSDP2's shards, tensor parallelism."""
+    kind = type(weight)
+    return kind is not nn.Parameter and kind is not Tensor and kind.__name__ == "DTensor"
+
+
+def version_of(weight: Tensor) -> int:
+    """A number that changes with every write in place that autograd sees."""
+    if weight.is_inference():
+        return -1
+    # foreach and fused optimisers write the local part alone
+    return weight._version + (weight._local_tensor._version if is_split(weight) else 0)
+
+
+def is_flattened(entry: NormalizedWeight) -> bool:
+    """Whether FSDP1 owns the weight, which is whole only while its unit's forward runs."""
+    module, name = entry.sites[0]
+    weight = module._parameters.get(name)
+    return weight is None or getattr(weight, "_fsdp_flattened", False)
+
+
+# Versions that tensors start with when they are copied or unpickled.
+_COPIED = copy.deepcopy(nn.Parameter(torch.zeros(1)))._version
+_COPIED_BUFFER = copy.deepcopy(torch.zeros(1))._version
+_UNPICKLED = pickle.loads(pickle.dumps(nn.Parameter(torch.zeros(1))))._version
+
+# what a copy of an entry starts without
+_PASSING = (
+    "parameter",
+    "version",
+    "born",
+    "backward_seen",
+    "active",
+    "shadowed",
+    "covered",
+    "pending",
+    "record",
+    "constants",
+)
+
+
 class NormalizedWeight:
     """One distinct Parameter that is normalised, and every module attribute that holds it."""
 
@@ -117,41 +160,64 @@ class NormalizedWeight:
         self.owner: Owner | None = None
         self.stale = True  # u and v do not belong to the present weight
         self.unset = True  # u and v hold no numbers yet
+        # Versions of u and v as wrapping left them. Untouched, they are formed anew at the first
+        # forward, from the draw again: a weight may have been initialised through .data, or made
+        # equal over ranks, in between, and the same weight gives the same bits.
+        self.provisional: tuple[int, int] | None = None
+        self.managed = False  # FSDP2 swaps shards and gathered weights
         self.loading: str | None = None  # between the two hooks of load_state_dict
         self._forget()
 
     def _forget(self) -> None:
         self.parameter: Tensor | None = None  # as of the last look at the weight
         self.version = -1
+        self.born: int | None = None  # a copy not looked at yet: the version it started with
         self.backward_seen = False  # since u and v last moved
         self.active: Any = None  # the Activation whose W_hat shadows the parameter now
+        self.shadowed = False  # whether any does, also in a traced round
+        self.covered: Tensor | None = None  # the raw weight, where FSDP1 keeps it as an attribute
+        self.pending: tuple[RoundRecord, int] | None = None  # measured, but W_hat is not made yet
         self.record: tuple[RoundRecord, int] | None = None  # the last round, and our place in it
         self.constants: LayerConstants | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
-        state["stale"] = self.is_stale()
-        for key in ("parameter", "version", "backward_seen", "active", "record", "constants"):
+        state["stale"] = self.is_written()
+        state["provisional"] = (_COPIED_BUFFER,) * 2 if self.is_untouched() else None
+        for key in _PASSING:
             del state[key]
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._forget()
+        self.born, self.provisional = _UNPICKLED, None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> NormalizedWeight:
+        twin = memo[id(self)] = object.__new__(type(self))
+        state = copy.deepcopy(self.__getstate__(), memo)
+        twin.__setstate__(state)
+        twin.born, twin.provisional = _COPIED, state["provisional"]
+        return twin
 
     @property
     def weight(self) -> Tensor:
         """The raw parameter."""
         module, name = self.sites[0]
-        return module._parameters[name]
+        try:
+            return module._parameters[name]
+        except KeyError:  # FSDP1 sets plain tensors as attributes
+            return module.__dict__[name] if self.covered is None else self.covered
 
     @property
     def u(self) -> Tensor:
-        return self.sites[0][0]._buffers[self.u_name]
+        u = self.sites[0][0]._buffers[self.u_name]
+        return u.to_local() if is_split(u) else u  # tensor parallelism replicates buffers
 
     @property
     def v(self) -> Tensor:
-        return self.sites[0][0]._buffers[self.v_name]
+        v = self.sites[0][0]._buffers[self.v_name]
+        return v.to_local() if is_split(v) else v
 
     @property
     def gain(self) -> Tensor | None:
@@ -178,7 +244,7 @@ class NormalizedWeight:
 
     def trainable(self) -> bool:
         """Whether anything of this weight's modules can train."""
-        return any(
+        return self.weight.requires_grad or any(
             p is not None and p.requires_grad
             for module, _ in self.sites
             for p in module._parameters.values()
@@ -199,16 +265,31 @@ class NormalizedWeight:
     def target_rank(self) -> float:
         return self.settings.target_rank(*self.matrix_shape())
 
+    def is_untouched(self) -> bool:
+        """Whether u and v are still what wrapping made them."""
+        known = self.provisional
+        return known is not None and known == (version_of(self.u), version_of(self.v))
+
     def is_stale(self) -> bool:
+        """Whether u and v have to converge before they serve this weight."""
+        return self.is_written() or (self.provisional is not None and self.is_untouched())
+
+    def is_written(self) -> bool:
         """Whether the weight was replaced, or written with no backward since u, v last moved."""
         if self.stale:
             return True
-        weight = self.weight
-        if self.parameter is None:  # a fresh copy: its u and v came with it
-            return False
-        if weight is not self.parameter:
-            return True
-        if weight.is_inference() or weight._version == self.version:
+        weight, known = self.weight, self.parameter
+        if known is None:  # u and v came with the copy
+            return self.born is not None and version_of(weight) > self.born
+        if weight is not known:
+            # torch.func.functional_call and FSDP1 put plain tensors in the place of Parameters
+            if not isinstance(weight, nn.Parameter):
+                return False
+            if not (self.managed or is_split(weight) != is_split(known)):
+                return True
+            weight = known  # the same values were only distributed, if they were not written before
+        plain = type(weight) is nn.Parameter and not weight.is_inference()
+        if (weight._version if plain else version_of(weight)) == self.version:
             return False
         # A change after a backward of this weight's round is an optimiser step.
         return not self.backward_seen
@@ -216,8 +297,23 @@ class NormalizedWeight:
     def mark_fresh(self) -> None:
         """u and v belong to the weight as it is now."""
         self.stale = self.unset = self.backward_seen = False
-        self.parameter = self.weight
-        self.version = -1 if self.parameter.is_inference() else self.parameter._version
+        self.born = None
+        weight = self.weight
+        if not isinstance(weight, nn.Parameter):
+            if self.sites[0][1] not in self.sites[0][0]._parameters:  # FSDP1: let it free its own
+                self.parameter = None
+            return
+        if self.managed and not is_split(weight):  # gathered: the shards are what is written
+            known = self.parameter
+            weight = known if known is not None and is_split(known) else None
+        self.parameter = weight
+        self.version = -1 if weight is None else version_of(weight)
+
+    def written(self) -> int:
+        """The version of what optimisers write, also while FSDP2 shows a gathered weight."""
+        known = self.parameter
+        weight = known if self.managed and known is not None else self.weight
+        return version_of(weight) + (version_of(self.gain) if self.settings.gain else 0)
 
     def set_state(self, u: Tensor, v: Tensor) -> None:
         """Registers u and v as the buffers of every site; tied sites share them."""
@@ -252,8 +348,8 @@ class NormalizedWeight:
         return tuple((x / x.norm()).to(dtype).to(weight.device) for x in drawn)
 
 
-def check_weight(weight: Tensor | None, label: str) -> None:
-    """Raises the one clear error for a parameter that cannot be normalised."""
+def check_weight(module: nn.Module, weight: Tensor | None, label: str) -> None:
+    """Raises the one clear error for a parameter of ``module`` that cannot be normalised."""
     if weight is None:
         raise ValueError(f"{label} is None")
     if isinstance(weight, nn.parameter.UninitializedTensorMixin):
@@ -262,8 +358,19 @@ def check_weight(weight: Tensor | None, label: str) -> None:
         raise TypeError(f"{label} must be real floating-point, got {weight.dtype}")
     if weight.dim() == 0:
         raise ValueError(f"{label} must have at least one dimension")
+    if getattr(weight, "_fsdp_flattened", False):
+        raise ValueError(
+            f"{label} is flattened by FullyShardedDataParallel; normalise the model before "
+            "wrapping it, or use fully_shard"
+        )
+    if getattr(module, "sparse", False) and isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+        raise ValueError(
+            f"{label} has sparse gradients (sparse=True), but every element of a weight acts on "
+            "its normalisation; use sparse=False"
+        )
 
 
+_FIRST = 2**63 - 1  # a sequence number behind that of every ordinary node
 _AUTOCAST_TYPES = (nn.Linear, nn.modules.conv._ConvNd, nn.MultiheadAttention)
 
 
@@ -334,30 +441,77 @@ def _matrix(weight: Tensor) -> Tensor:
     return weight if is_dense(weight) else weight.contiguous()
 
 
+def _kind(entry: NormalizedWeight, weight: Tensor) -> tuple[Any, ...]:
+    """What all weights of one op call have in common: device, whether processes hold them together,
+    state dtype, backend, kind of gradient and kind of state."""
+    settings = entry.settings
+    block = settings.preserve != 1
+    backend = "reference" if block else settings.backend
+    split = type(weight) is not nn.Parameter and is_split(weight)
+    return weight.device, split, weight.dtype == torch.float64, backend, settings.gradient, block
+
+
+def _runner(split: bool) -> Callable[..., tuple[Tensor, ...]]:
+    if not split:
+        return run_round
+    from srn_kernels.sharded import run_split  # torch.distributed only where it is in use
+
+    return run_split
+
+
+def _check_split(entries: Sequence[NormalizedWeight]) -> None:
+    from srn_kernels import sharded
+
+    for entry in entries:
+        sharded.check(entry.weight, entry.settings, entry.label)
+
+
+def measure_entries(entries: Sequence[NormalizedWeight], iterations: Sequence[int]) -> RoundRecord:
+    """A round of DTensor weights without its W_hat: u, v move, and what W_hat needs is kept."""
+    from srn_kernels import sharded
+
+    weights = [_matrix(e.weight.detach()) for e in entries]
+    plan = _cached_plan(
+        tuple([_constants(e, e.weight) for e in entries]), tuple(iterations), (), "reference"
+    )
+    blocks = [
+        sharded.block_of(w, d, name)
+        for w, d, name in zip(weights, plan.dims, plan.names, strict=True)
+    ]
+    record = RoundRecord(plan, entries)
+    record.round_state, record.stats = sharded.measure(
+        plan,
+        [w.to_local() for w in weights],
+        blocks,
+        [e.u for e in entries],
+        [e.v for e in entries],
+    )
+    return record
+
+
 def normalize_entries(
     entries: Sequence[NormalizedWeight],
     iterations: Sequence[int],
     record: bool = True,
     state: Sequence[tuple[Tensor, Tensor]] | None = None,
+    early: bool = False,
+    only_state: bool = False,
 ) -> list[Tensor]:
     """W_hat of each entry, differentiable, all layers in as few op calls as their devices allow.
 
-    ``state`` replaces the entries' own u, v; ``record`` keeps what a recomputation needs.
+    ``state`` replaces the entries' own u, v; ``record`` keeps what a recomputation needs;
+    ``early`` lets backward run this part's node as soon as its gradients are complete;
+    ``only_state``: for what happens to u and v.
     """
     compiling = torch.compiler.is_compiling()
     constants, plan_for = (LayerConstants, _build_plan) if compiling else (_constants, _cached_plan)
-    weights = [module._parameters[name] for module, name in [e.sites[0] for e in entries]]
+    weights = [e.weight for e in entries]
     refuse_batched(weights)
-    # One call takes one device, state dtype, backend, kind of gradient and kind of state.
     groups: dict[Any, list[int]] = {}
     for i, weight in enumerate(weights):
-        settings = entries[i].settings
-        block = settings.preserve != 1
-        backend = "reference" if block else settings.backend
-        key = weight.device, weight.dtype == torch.float64, backend, settings.gradient, block
-        groups.setdefault(key, []).append(i)
+        groups.setdefault(_kind(entries[i], weight), []).append(i)
     outs: list[Any] = [None] * len(entries)
-    for (device, _, backend, *_), group in groups.items():
+    for (device, split, _, backend, *_), group in groups.items():
         chosen = [entries[i] for i in group]
         raw = [weights[i] for i in group]
         layers = tuple([constants(e, w) for e, w in zip(chosen, raw, strict=True)])
@@ -372,10 +526,15 @@ def normalize_entries(
         else:
             us, vs = zip(*[state[i] for i in group], strict=True)
         kept = RoundRecord(plan, chosen) if record else None
-        results = run_round(plan, kept, *[_matrix(w) for w in raw], *us, *vs)
+        if split and not only_state:
+            _check_split(chosen)
+        results = _runner(split)(plan, kept, *[_matrix(w) for w in raw], *us, *vs)
+        if early and not split and results[0].grad_fn is not None:
+            # The engine takes the latest node that is ready; rounds are made before all layers.
+            results[0].grad_fn._set_sequence_nr(_FIRST)
         for place, i in enumerate(group):
             out = results[place]
-            if layers[place].scales:
+            if layers[place].scales and not only_state:
                 out = _bounded(entries[i], out, plan, place, *results[-2:])
             outs[i] = out.squeeze(0) if raw[place].dim() == 1 else out
             if kept is not None:
@@ -408,44 +567,90 @@ def _bounded(
     )
 
 
-def repeat_entry(entry: NormalizedWeight) -> Tensor:
-    """W_hat of the entry's last round once more, bit for bit, on a node of its own."""
-    record, place = entry.record
-    start, weight = record.plan.offsets[place], entry.weight
+def repeat_entries(
+    entries: Sequence[NormalizedWeight], records: Sequence[tuple[RoundRecord, int]]
+) -> list[Tensor]:
+    """W_hat of the given rounds once more, bit for bit, on nodes of their own.
+
+    ``records[i]``: the round of ``entries[i]`` and its place in it.
+    """
+    outs: list[Any] = [None] * len(entries)
+    groups: dict[int, list[int]] = {}
+    for i, (record, _) in enumerate(records):
+        groups.setdefault(id(record), []).append(i)
+    for group in groups.values():
+        group.sort(key=lambda i: records[i][1])
+        parts: dict[Any, list[int]] = {}
+        for i in group:
+            parts.setdefault(_kind(entries[i], entries[i].weight), []).append(i)
+        for part in parts.values():
+            for i, out in zip(part, _repeat(entries, records, part), strict=True):
+                outs[i] = out
+    return outs
+
+
+def _repeat(
+    entries: Sequence[NormalizedWeight],
+    records: Sequence[tuple[RoundRecord, int]],
+    part: Sequence[int],
+) -> list[Tensor]:
+    chosen, places = [entries[i] for i in part], [records[i][1] for i in part]
+    record = records[part[0]][0]
+    weights = [e.weight for e in chosen]
+    device, split, _, backend, *_ = _kind(chosen[0], weights[0])
+    dtypes = record.plan.out_dtypes
     plan = _cached_plan(
-        (_constants(entry, weight),),
-        (-1,),
-        record.plan.out_dtypes[place : place + 1],
-        record.plan.backend,
+        tuple([_constants(e, w) for e, w in zip(chosen, weights, strict=True)]),
+        (-1,) * len(part),
+        tuple([dtypes[p] for p in places]) if dtypes else _out_dtypes(chosen, weights, device.type),
+        backends.resolve(backend, device.type, state_dtype(weights[0].dtype)),
     )
-    out, *numbers = run_round(
-        plan,
-        None,
-        _matrix(weight),
-        entry.u,
-        entry.v,
-        record.round_state[start : start + plan.state_size],
-        record.stats[place : place + 1],
-    )
-    if entry.settings.scales:
-        out = _bounded(entry, out, plan, 0, *numbers)
-    return out.squeeze(0) if weight.dim() == 1 else out
+    round_state, stats = record.round_state, record.stats
+    if len(part) < len(record.plan.dims):
+        bounds = [*record.plan.offsets, record.plan.state_size]
+        round_state = torch.cat([round_state[bounds[p] : bounds[p + 1]] for p in places])
+        stats = stats[places]
+    # Its backward counts as one of the original round.
+    kept = RoundRecord(plan, [*chosen, record])
+    us, vs = [e.u for e in chosen], [e.v for e in chosen]
+    matrices = [_matrix(w) for w in weights]
+    results = _runner(split)(plan, kept, *matrices, *us, *vs, round_state, stats)
+    outs = []
+    for place, (entry, out) in enumerate(zip(chosen, results, strict=False)):
+        if entry.settings.scales:
+            out = _bounded(entry, out, plan, place, *results[-2:])
+        outs.append(out.squeeze(0) if entry.weight.dim() == 1 else out)
+    return outs
 
 
-def converge(entries: Sequence[NormalizedWeight], iterations: int | None = None) -> None:
+def converge(
+    entries: Sequence[NormalizedWeight], iterations: int | None = None, provisional: bool = False
+) -> None:
     """Runs the power iteration until u, v fit the weights (``init_iterations`` unless given)."""
     entries = [e for e in entries if not e.weight.is_meta]
     with torch.no_grad():
+        redrawn = []
         for entry in entries:
-            pair = (entry.u, entry.v)
-            if entry.unset or not all(x.isfinite().all() and x.any() for x in pair):
-                for x, drawn in zip(pair, entry.drawn_state(), strict=True):
-                    x.copy_(drawn)
+            pair, drawn = (entry.u, entry.v), entry.drawn_state()
+            if entry.is_untouched() and not entry.unset:
+                redrawn.append((pair, [x.clone() for x in pair], drawn))
+            elif not entry.unset and all(x.isfinite().all() and x.any() for x in pair):
+                continue
+            for x, start in zip(pair, drawn, strict=True):
+                x.copy_(start)
         steps = [e.settings.init_iterations if iterations is None else iterations for e in entries]
         busy = [i for i, n in enumerate(steps) if n > 0]
-        normalize_entries([entries[i] for i in busy], [steps[i] for i in busy], record=False)
+        chosen, counts = [entries[i] for i in busy], [steps[i] for i in busy]
+        normalize_entries(chosen, counts, record=False, only_state=True)
+        for pair, before, drawn in redrawn:
+            # a zero or non-finite weight has moved nothing
+            if all(torch.equal(x, start) for x, start in zip(pair, drawn, strict=True)):
+                for x, old in zip(pair, before, strict=True):
+                    x.copy_(old)
         for entry in entries:
             entry.mark_fresh()
+            versions = (version_of(entry.u), version_of(entry.v))
+            entry.provisional = versions if provisional else None
 
 
 class KeepState:
@@ -461,14 +666,14 @@ class KeepState:
     def __call__(self, fn: Any, recurse: bool = True) -> nn.Module:
         module = self.module
         entries = module.__dict__[KEY]
-        before = {
-            name: (module._buffers[name + "_u"], module._buffers[name + "_v"], entry.is_stale())
-            for name, entry in entries.items()
-        }
+        before = {}
+        for name, entry in entries.items():
+            pair = module._buffers[name + "_u"], module._buffers[name + "_v"]
+            before[name] = (*pair, entry.is_written(), entry.is_untouched())
         type(module)._apply(module, fn, recurse)
         for name, entry in entries.items():
             dtype = state_dtype(module._parameters[name].dtype)
-            *old_pair, stale = before[name]
+            *old_pair, stale, untouched = before[name]
             for suffix, old in zip(("_u", "_v"), old_pair, strict=True):
                 new = module._buffers[name + suffix]
                 if old.is_meta and not new.is_meta:
@@ -480,4 +685,6 @@ class KeepState:
                 entry.stale = True
             else:
                 entry.mark_fresh()
+            if untouched:
+                entry.provisional = (version_of(entry.u), version_of(entry.v))
         return module

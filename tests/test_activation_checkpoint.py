@@ -1,0 +1,219 @@
+"""Activation checkpointing: the gradients of a run without it, and one power iteration a round."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Callable
+
+import pytest
+import torch
+from models import Discriminator, images, is_raw, same_state, state
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+from torch.nn.utils import spectral_norm as legacy_spectral_norm
+from torch.utils.checkpoint import checkpoint, checkpoint_sequential
+
+import srn_kernels as srn
+
+
+class Checkpointed(nn.Module):
+    """A discriminator of which some parts are recomputed in backward."""
+
+    def __init__(self, parts: str, reentrant: bool | None) -> None:
+        super().__init__()
+        self.body = Discriminator()
+        self.parts, self.reentrant = parts, reentrant
+
+    def part(self, module: Callable, x: Tensor) -> Tensor:
+        if self.reentrant is None:
+            return module(x)
+        return checkpoint(module, x, use_reentrant=self.reentrant)
+
+    def forward(self, x: Tensor) -> Tensor:
+        body = self.body
+        if self.parts == "nested":
+            return body.head(self.part(lambda y: self.inner(y), x))
+        y = torch.relu(self.part(body.conv, x) if self.parts == "layers" else body.conv(x))
+        y = torch.relu(self.part(body.up, y)).flatten(1)
+        return self.part(body.head, y) if self.parts == "layers" else body.head(y)
+
+    def inner(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.part(self.body.conv, x))
+        return torch.relu(self.part(self.body.up, y)).flatten(1)
+
+
+def model_of(parts: str, reentrant: bool | None, rank_ratio: float = 0.3) -> nn.Module:
+    torch.manual_seed(3)
+    return srn.apply_stable_rank_norm(Checkpointed(parts, reentrant).double(), rank_ratio)
+
+
+def train(model: nn.Module, forward: Callable, steps: int = 3) -> None:
+    """Adam: which also shows a state that was converged anew behind our back."""
+    torch.manual_seed(5)
+    optimiser = torch.optim.Adam(model.parameters(), 1e-2)
+    for _ in range(steps):
+        optimiser.zero_grad()
+        forward(images().double().requires_grad_()).square().sum().backward()
+        optimiser.step()
+
+
+def assert_same_model(model: nn.Module, expected: nn.Module) -> None:
+    want = expected.state_dict()
+    for name, value in model.state_dict().items():  # u and v as well as the parameters
+        torch.testing.assert_close(value, want[name], rtol=1e-11, atol=1e-13, msg=name)
+    assert is_raw(model)
+
+
+@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "non-reentrant"])
+@pytest.mark.parametrize("parts", ["root", "layers", "one layer", "nested", "shared", "alone"])
+def test_training_equals_the_run_without_checkpoints(parts: str, reentrant: bool) -> None:
+    plain = model_of("layers", None)
+    if parts == "root":
+        model = model_of("layers", None)
+        train(model, lambda x: checkpoint(model, x, use_reentrant=reentrant))
+        train(plain, plain)
+    elif parts == "shared":  # D(real) and D(fake)
+        model = model_of("layers", reentrant)
+        for m in (plain, model):
+
+            def both(x: Tensor, m: nn.Module = m) -> Tensor:
+                with srn.shared_round(m):
+                    return m(x) - m(-x)
+
+            train(m, both)
+    elif parts == "alone":  # no root: every layer is a round of its own
+        model = model_of("layers", reentrant)
+        for m in (plain, model):
+            train(m, m.inner)
+    else:
+        model = model_of(parts, reentrant)
+        train(model, model)
+        train(plain, plain)
+    assert_same_model(model, plain)
+
+
+def test_torchs_own_spectral_norms_differ_under_checkpoints() -> None:
+    """What the tests above would look like there: another gradient, and u moves twice."""
+    for wrap in (legacy_spectral_norm, parametrizations.spectral_norm):
+        plain = Checkpointed("layers", None).double()
+        for layer in plain.body.children():
+            wrap(layer)
+        model = copy.deepcopy(plain)
+        model.reentrant = True
+        x = images().double().requires_grad_()
+        for m in (plain, model):
+            m(x).square().sum().backward()
+        worst = max(
+            ((p.grad - q.grad).norm() / q.grad.norm()).item()
+            for p, q in zip(model.parameters(), plain.parameters(), strict=True)
+        )
+        assert worst > 1e-4
+        assert not same_state(model, state(plain))
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["whole model", "its layers"])
+def test_several_reentrant_forwards_each_repeat_their_own_round(whole: bool) -> None:
+    """Each Function's context knows its round, so no shared_round is needed."""
+    plain, model = model_of("layers", None), model_of("layers", None if whole else True)
+    call = (lambda x: checkpoint(model, x, use_reentrant=True)) if whole else model
+    train(model, lambda x: call(x) - 2 * call(-x).square())
+    train(plain, lambda x: plain(x) - 2 * plain(-x).square())
+    assert_same_model(model, plain)
+
+
+def test_several_non_reentrant_forwards_raise_or_share() -> None:
+    model = model_of("layers", False)
+    start, x = copy.deepcopy(model.state_dict()), images().double()
+    loss = model(x).sum() + model(-x).sum()
+    with pytest.raises(RuntimeError, match=r"'body\.(conv|up|head)\.weight' is computed again"):
+        loss.backward()
+    assert is_raw(model)
+    model.zero_grad()
+    model.load_state_dict(start)
+    with srn.shared_round(model):
+        loss = model(x).sum() + model(-x).sum()
+    loss.backward()
+    plain = model_of("layers", None)
+    with srn.shared_round(plain):
+        (plain(x).sum() + plain(-x).sum()).backward()
+    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-12, atol=1e-13)
+
+
+def test_without_gradients_around_it_a_checkpoint_moves_nothing() -> None:
+    model = model_of("layers", True)
+    before = state(model)
+    x = images().double().requires_grad_()
+    with torch.no_grad():
+        model(x)
+        checkpoint(model, x, use_reentrant=True)
+    assert same_state(model, before)
+    model.eval()
+    checkpoint(model, x, use_reentrant=True).sum().backward()
+    assert same_state(model, before)
+
+
+def test_checkpoint_sequential() -> None:
+    def sequential() -> nn.Sequential:
+        torch.manual_seed(1)
+        layers = [m for _ in range(4) for m in (nn.Linear(6, 6), nn.Tanh())]
+        return srn.apply_stable_rank_norm(nn.Sequential(*layers).double(), 0.5)
+
+    x = torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
+    for reentrant in (True, False):
+        plain, model = sequential(), sequential()
+        with srn.shared_round(plain):
+            plain(x).square().sum().backward()
+        with srn.shared_round(model):
+            checkpoint_sequential(model, 2, x, use_reentrant=reentrant).square().sum().backward()
+        for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(p.grad, q.grad, rtol=1e-12, atol=1e-13)
+        assert same_state(model, state(plain))
+
+
+def test_a_backward_in_another_thread_may_recompute_a_shared_round() -> None:
+    """As the autograd engine's threads for GPUs do."""
+    plain, model = model_of("layers", None), model_of("layers", False)
+    x, failures = images().double(), []
+    with srn.shared_round(plain):
+        plain(x).square().sum().backward()
+
+    def backward() -> None:
+        try:
+            loss.backward()
+        except RuntimeError as error:
+            failures.append(error)
+
+    with srn.shared_round(model):
+        loss = model(x).square().sum()
+        thread = threading.Thread(target=backward)
+        thread.start()
+        thread.join()
+    assert not failures
+    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-12, atol=1e-13)
+    assert is_raw(model)
+
+
+@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "non-reentrant"])
+def test_an_evaluation_between_forward_and_backward_does_not_matter(reentrant: bool) -> None:
+    plain, model = model_of("layers", None), model_of("layers", reentrant)
+    x = images().double().requires_grad_()
+    for m in (plain, model):
+        loss = m(x).square().sum()
+        with torch.no_grad():
+            m.eval()(x)
+            m.train()
+        loss.backward()
+    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("groups", [2, 3])
+def test_a_round_in_groups_is_recomputed(groups: int) -> None:
+    plain = model_of("layers", None)
+    model = srn.fuse(model_of("layers", None), groups=groups)
+    train(model, lambda x: checkpoint(model, x, use_reentrant=True))
+    train(plain, plain)
+    assert_same_model(model, plain)
