@@ -181,6 +181,7 @@ class Forward {
 #pragma unroll
             for (int b = 0; b < kBatch; ++b) {
               dot[b] = 0;
+#pragma unroll 2
               for (int i = 0; i < group_warps; ++i)
                 dot[b] += parts[b * kWarps + group * group_warps + i];
             }
@@ -225,6 +226,7 @@ class Forward {
 #pragma unroll
       for (int k = 0; k < kWidth; ++k) {
         A sum = t[i][k];
+#pragma unroll 1
         for (int g = 1; g < groups; ++g) sum += sh.sums[k * kConsumers + tid + g * across];
         share[unit * kWidth + k] = sum;
       }
@@ -270,6 +272,7 @@ class Forward {
       if (tid < n) {
         A sum = 0;
         for (int a = 0; a < across; ++a)
+#pragma unroll 1
           for (int b = 0; b < r.inner; ++b) sum += sh.sums[a * span + tid * r.inner + b];
         ws.s[begin + tid] = sum;
       }

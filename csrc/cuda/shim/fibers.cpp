@@ -210,9 +210,19 @@ void run_cta(int ctas, int shared_bytes, const std::function<void()>& body) {
     makecontext(&f.context, fiber_main, 0);
 #endif
   }
-  while (c.alive > 0 && !failed) {
+  // Now and then a warp, or all but one, falls behind: what is only true while they keep pace
+  // fails.
+  uint32_t random = uint32_t(uintptr_t(&c) >> 6) | 1;
+  int behind = -1;
+  bool alone = false;
+  for (int64_t round = 0; c.alive > 0 && !failed; ++round) {
+    if (round % 16 == 0) {
+      random = random * 1664525 + 1013904223;
+      behind = round % 32 ? -1 : int(random >> 16) % (kThreads / kWarp);
+      alone = random >> 31;
+    }
     for (int i = 0; i < kThreads && !failed; ++i) {
-      if (c.done[i]) continue;
+      if (c.done[i] || (behind >= 0 && (i / kWarp == behind) != alone)) continue;
       c.running = i;
       switch_to(c.scheduler, c.fibers[i]);
     }
