@@ -20,7 +20,7 @@ INTERPRETED := tests/test_triton_kernels.py tests/test_traffic.py tests/test_fun
 	-k "triton and not any_scale and not any_layer"
 
 # Tests of the CUDA kernels, compiled for the CPU against csrc/cuda/shim.
-EMULATED := tests/test_cuda_kernels.py tests/test_functional.py \
+EMULATED := tests/test_cuda_kernels.py tests/test_cuda_plan.py tests/test_functional.py \
 	-k "cuda and not any_scale and not any_layer"
 
 VENV := .venv
@@ -30,7 +30,7 @@ NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/* csrc/cuda/*)
 FORMATTED := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cpu/*.inc csrc/cuda/*.cu \
 	csrc/cuda/*.cpp csrc/cuda/*.h csrc/cuda/shim/*.cpp csrc/cuda/shim/*.h)
 
-.PHONY: setup demo test lint format kernels gpu-check bench clean
+.PHONY: setup demo test tsan lint format kernels gpu-check bench clean
 
 $(VENV)/created: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -73,6 +73,10 @@ ifeq ($(shell uname -s),Linux)
 	$(BIN)/python -m pytest --cuda-shim --require-backend cuda $(EMULATED)
 	$(MAKE) --no-print-directory kernels
 endif
+
+# The CUDA kernels on the CPU under ThreadSanitizer; Linux on x86-64, with g++.
+tsan: setup
+	$(BIN)/python tests/cuda_tsan.py
 
 bench: setup
 	$(BIN)/python -m benchmarks run $(BENCH_ARGS)

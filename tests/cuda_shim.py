@@ -41,10 +41,11 @@ def _run(*command: str) -> None:
         raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
 
 
-def build(csrc: Path = CSRC, folder: Path | None = None, extra: tuple[str, ...] = ()) -> ModuleType:
+def build(sanitizer: str | None = None) -> ModuleType:
     """The extension as a module; built anew only if a source changed."""
-    folder = folder or ROOT / "build" / "cuda_shim"
-    name = f"srn_cuda_shim_{fingerprint(FLAGS + extra)}" if csrc == CSRC else "srn_cuda_shim"
+    extra = () if sanitizer is None else (f"-fsanitize={sanitizer}", "-g", "-DSRN_TSAN")
+    folder = ROOT / "build" / "cuda_shim"
+    name = f"srn_cuda_shim_{fingerprint(FLAGS + extra)}"
     library = folder / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
     if not library.exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -54,9 +55,11 @@ def build(csrc: Path = CSRC, folder: Path | None = None, extra: tuple[str, ...] 
         def compiled(source: str) -> str:
             to = folder / f"{name}_{Path(source).stem}_{os.getpid()}_{len(source)}.o"
             torch_flags = includes if source == "bindings.cpp" else []
+            # Only the kernels are of interest; the fibers tell the sanitizer of their order.
+            flags = extra if source == "kernels.cu" else extra[1:]
             _run(
-                *(COMPILER, *FLAGS, *extra, f"-DTORCH_EXTENSION_NAME={name}", *torch_flags),
-                *("-x", "c++", "-c", str(csrc / "cuda" / source), "-o", str(to)),
+                *(COMPILER, *FLAGS, *flags, f"-DTORCH_EXTENSION_NAME={name}", *torch_flags),
+                *("-x", "c++", "-c", str(CSRC / "cuda" / source), "-o", str(to)),
             )
             return str(to)
 
@@ -83,9 +86,10 @@ def small_device(device: int, model_bytes: int, backward: bool) -> tuple[LaunchC
     return replace(config, max_slabs=40, column_bytes=3 * KB), 40 * KB
 
 
-def install() -> None:
+def install(sanitizer: str | None = None) -> ModuleType:
     """Makes the shim the cuda backend of this process, for CPU tensors."""
     backend = backends.load("cuda")
     planning.device_config = small_device
     backend.DEVICES = frozenset({"cpu"})
-    backend.install(build())
+    backend.install(build(sanitizer))
+    return backend

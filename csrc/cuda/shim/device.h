@@ -38,7 +38,6 @@ double warp_sum_doubles(double x);
 float warp_sum_floats(float x);
 void pause();  // within a wait
 void defer_copy(void* barrier, char* to, const char* from, int bytes);
-void run_copies(void* barrier);
 [[noreturn]] void fail(const char* what);
 
 #define sync_all() sync_at(__FILE__, __LINE__, kThreads)
@@ -63,23 +62,10 @@ struct Barrier {
   uint32_t phase;
 };
 static_assert(sizeof(Barrier) == 8);
-inline void init(Barrier* b, int count) { *b = {int16_t(count), int16_t(count), 0}; }
+void init(Barrier* b, int count);
 inline void publish_barriers() {}
-inline void arrive(Barrier* b) {
-  if (--b->pending < 0) fail("more arrivals than a barrier expects");
-  if (b->pending == 0) {
-    b->pending = b->count;
-    ++b->phase;
-  }
-}
-inline bool passed(Barrier* b, uint32_t parity) {
-  if ((b->phase & 1) == parity) {
-    pause();
-    return false;
-  }
-  run_copies(b);
-  return true;
-}
+void arrive(Barrier* b);
+bool passed(Barrier* b, uint32_t parity);  // runs the copies that it waited for
 inline void wait(Barrier* b, uint32_t parity) {
   while (!passed(b, parity)) {
   }

@@ -15,7 +15,7 @@
 #if !defined(__x86_64__)
 #include <ucontext.h>
 #endif
-#if defined(__SANITIZE_THREAD__)
+#ifdef SRN_TSAN  // this file itself is not instrumented
 #include <sanitizer/tsan_interface.h>
 #endif
 
@@ -37,7 +37,7 @@ struct Context {
 #else
   ucontext_t context;
 #endif
-#if defined(__SANITIZE_THREAD__)
+#ifdef SRN_TSAN
   void* tsan = nullptr;
 #endif
 };
@@ -58,8 +58,22 @@ srn_switch:
 extern "C" void srn_switch(void** save, void* take);
 #endif
 
+// What orders the accesses of two fibers, for ThreadSanitizer.
+void release(void* at) {
+#ifdef SRN_TSAN
+  __tsan_release(at);
+#endif
+  (void)at;
+}
+void acquire(void* at) {
+#ifdef SRN_TSAN
+  __tsan_acquire(at);
+#endif
+  (void)at;
+}
+
 void switch_to(Context& from, Context& to) {
-#if defined(__SANITIZE_THREAD__)
+#ifdef SRN_TSAN
   // Without the flag every switch would order what the fibers do, and hide missing barriers.
   __tsan_switch_to_fiber(to.tsan, __tsan_switch_to_fiber_no_sync);
 #endif
@@ -124,7 +138,9 @@ void give_way() {
 }
 
 void fiber_main() {
+  acquire(cta);
   cta->body();
+  release(cta);
   Cta& c = *cta;
   c.done[c.running] = true;
   --c.alive;
@@ -140,9 +156,7 @@ void meet(Meeting& m, int threads, const char* file, int line) {
           std::to_string(line))
              .c_str());
   }
-#if defined(__SANITIZE_THREAD__)
-  __tsan_release(&m);
-#endif
+  release(&m);
   const int64_t generation = m.generation;
   if (++m.arrived == threads) {
     m.arrived = 0;
@@ -150,9 +164,7 @@ void meet(Meeting& m, int threads, const char* file, int line) {
   } else {
     while (m.generation == generation) pause();
   }
-#if defined(__SANITIZE_THREAD__)
-  __tsan_acquire(&m);
-#endif
+  acquire(&m);
 }
 
 // All lanes give a value; returns the slot of this meeting.
@@ -186,16 +198,16 @@ void run_cta(int ctas, int shared_bytes, const std::function<void()>& body) {
   c.body = body;
   const double start = processor_seconds();
   cta = &c;
-#if defined(__SANITIZE_THREAD__)
+#ifdef SRN_TSAN
   c.scheduler.tsan = __tsan_get_current_fiber();
 #endif
   for (int i = 0; i < kThreads; ++i) {
     c.stacks.push_back(std::make_unique<char[]>(kStackBytes));
     Context& f = c.fibers[i];
-#if defined(__SANITIZE_THREAD__)
+#ifdef SRN_TSAN
     f.tsan = __tsan_create_fiber(0);
-    __tsan_release(&c);
 #endif
+    release(&c);
 #if defined(__x86_64__)
     auto* top =
         reinterpret_cast<void**>(round_up(int64_t(c.stacks[i].get()), 16) + kStackBytes - 64);
@@ -231,9 +243,10 @@ void run_cta(int ctas, int shared_bytes, const std::function<void()>& body) {
       if (processor_seconds() - start > kPatience) record_failure("a wait without end");
     }
   }
+  acquire(&c);
   for (auto& [barrier, copies] : c.copies)
     if (!copies.empty() && !failed) record_failure("a copy that nobody waited for");
-#if defined(__SANITIZE_THREAD__)
+#ifdef SRN_TSAN
   for (auto& f : c.fibers) __tsan_destroy_fiber(f.tsan);
 #endif
   cta = nullptr;
@@ -270,9 +283,27 @@ void defer_copy(void* barrier, char* to, const char* from, int bytes) {
   std::memset(to, 0xff, bytes);
   cta->copies[barrier].push_back({to, from, bytes});
 }
-void run_copies(void* barrier) {
-  for (const Copy& c : cta->copies[barrier]) std::memcpy(c.to, c.from, c.bytes);
-  cta->copies[barrier].clear();
+
+void init(Barrier* b, int count) { *b = {int16_t(count), int16_t(count), 0}; }
+void arrive(Barrier* b) {
+  release(b);
+  if (--b->pending < 0) fail("more arrivals than a barrier expects");
+  if (b->pending == 0) {
+    b->pending = b->count;
+    ++b->phase;
+  }
+}
+bool passed(Barrier* b, uint32_t parity) {
+  if ((b->phase & 1) == parity) {
+    pause();
+    return false;
+  }
+  acquire(b);
+  auto& copies = cta->copies[b];
+  for (const Copy& c : copies) std::memcpy(c.to, c.from, c.bytes);
+  if (!copies.empty()) release(b);  // the copies come before whoever passes next
+  copies.clear();
+  return true;
 }
 void fail(const char* what) {
   record_failure(what);
