@@ -93,10 +93,9 @@ class Activation:
 
 def _shadow(entry: NormalizedWeight, out: Tensor) -> None:
     entry.shadowed = True
-    if not torch.compiler.is_compiling() and entry.covered is None:
-        module, name = entry.sites[0]
-        if name not in module._parameters:
-            entry.covered = module.__dict__[name]
+    module, name = entry.sites[0]
+    if name not in module._parameters and entry.covered is None:  # FSDP1
+        entry.covered = module.__dict__[name]
     for module, name in entry.sites:
         module.__dict__[name] = out
         if isinstance(module, nn.RNNBase):  # recurrent layers read a list, not the attribute
@@ -246,10 +245,10 @@ def _checkpoints() -> list[Any]:
 
 def _remember(entries: Sequence[NormalizedWeight]) -> None:
     """Ties the rounds in use to the checkpoint that runs now, for its backward."""
-    if torch.is_grad_enabled() or not any(e.training for e in entries):
+    if torch.is_grad_enabled():
         return
     checkpoints = _checkpoints()
-    if checkpoints:
+    if checkpoints and any(e.training for e in entries):
         rounds = checkpoints[0].__dict__.setdefault(_ROUNDS, {})
         rounds.update({id(e): e.record for e in entries if e.record is not None})
 
@@ -600,7 +599,7 @@ def _layer_enter(module: nn.Module, args: Any) -> None:
             break
     else:
         if READERS not in module.__dict__:  # inside a round, the usual case
-            if not torch.is_grad_enabled():
+            if module.training and not torch.is_grad_enabled():
                 _remember(_own_entries(module))
             return
     entries = _own_entries(module)
