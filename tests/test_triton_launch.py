@@ -56,6 +56,7 @@ from srn_kernels.backends import triton as backend
 backend.DEVICES, backend.unavailable_reason = frozenset({"cpu"}), lambda: None
 layers = [torch.nn.Parameter(torch.randn(s)) for s in [(40, 27), (64, 96), (1, 32)]]
 model = srn.apply_stable_rank_norm(providers.WeightReader(layers), backend="triton")
+srn.refresh(model)  # or the first forward would form u and v again
 Launcher.launches.clear()
 for _ in range(3):
     outs = model()
