@@ -67,9 +67,9 @@ gpu-check:
 	PYTHONPATH="$(CURDIR):$(CURDIR)/python" $(PYTHON) -m benchmarks.gpu_check --out "$(OUT)" $(GPU_CHECK_ARGS)
 
 test: lint
-	$(BIN)/python -m pytest --require-backend cpu $(TEST_ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --require-backend cpu $(TEST_ARGS)
 ifeq ($(shell uname -s),Linux)
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest --require-backend triton $(INTERPRETED)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 --require-backend triton $(INTERPRETED)
 	$(BIN)/python -m pytest --cuda-shim --require-backend cuda $(EMULATED)
 	$(MAKE) --no-print-directory kernels
 endif
