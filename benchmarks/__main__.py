@@ -46,7 +46,7 @@ def _options(
     if providers:
         options = replace(options, providers=tuple(p for p in PROVIDERS if p in providers))
     if modes:
-        options = replace(options, modes=tuple(modes))
+        options = replace(options, modes=tuple(modes), long_steps=True)
     if ratios:
         if not all(0 < r <= 1 for r in ratios):
             raise typer.BadParameter(f"--rank-ratio {ratios}: each must be in (0, 1]")

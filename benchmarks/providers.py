@@ -26,6 +26,7 @@ class Runner:
 
     updates_v_first = False  # torch's legacy hook: v = W^T u, then u = W v
     allowance = 0.0  # a relative error of a peer that is known, and not ours to mend
+    half_allowance = 0.05  # of peers that compute in a half-precision weight's own dtype
     countable = True  # its operators pass the dispatcher one by one
 
     def __init__(self, problem: Problem, rank_ratio: float | None) -> None:
@@ -254,10 +255,13 @@ class TorchSNCompiled(TorchSN):
 class StatefulRunner(Runner):
     """Providers that are functions of weights, u and v."""
 
+    float32_state = True  # whatever the weights' dtype is
+
     def __init__(self, problem: Problem, rank_ratio: float | None) -> None:
         super().__init__(problem, rank_ratio)
-        self.us = [u.clone() for u in problem.us]
-        self.vs = [v.clone() for v in problem.vs]
+        dtype = torch.float32 if self.float32_state else problem.workload.dtype
+        self.us = [u.to(dtype, copy=True) for u in problem.us]
+        self.vs = [v.to(dtype, copy=True) for v in problem.vs]
         self.target_ranks = problem.target_ranks(1.0 if rank_ratio is None else rank_ratio)
 
 
@@ -298,6 +302,8 @@ class ForeachSpectralNorm(torch.autograd.Function):
 class Foreach(StatefulRunner):
     """The strong baseline: what an expert writes in an afternoon without a kernel."""
 
+    float32_state = False
+
     def outputs(self) -> Sequence[Tensor]:
         iterations = self.problem.n_power_iterations if self.training else 0
         return ForeachSpectralNorm.apply(iterations, self.us, self.vs, *self.parameters)
@@ -311,6 +317,7 @@ class Layerwise(StatefulRunner):
     """
 
     allowance = 1e-3
+    float32_state = False
 
     def outputs(self) -> Sequence[Tensor]:
         states = zip(self.parameters, self.us, self.vs, self.target_ranks, strict=True)
@@ -334,6 +341,8 @@ class Layerwise(StatefulRunner):
 
 @provider("reference", "srn_kernels reference", stable_rank=True)
 class Reference(StatefulRunner):
+    half_allowance = 0.0
+
     def outputs(self) -> Sequence[Tensor]:
         return srn.reference.stable_rank_normalize(
             self.parameters,
@@ -347,6 +356,7 @@ class Reference(StatefulRunner):
 
 @provider("functional", "srn_kernels functional", stable_rank=True, needs_kernels=True)
 class Functional(StatefulRunner):
+    half_allowance = 0.0
     backend = "cpu"
 
     def outputs(self) -> Sequence[Tensor]:
@@ -365,6 +375,7 @@ class Functional(StatefulRunner):
 class Module(ModelRunner):
     """What people use: one call on a model, hooks included."""
 
+    half_allowance = 0.0
     backend = "cpu"
 
     def wrap(self) -> None:

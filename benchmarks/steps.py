@@ -33,6 +33,7 @@ class Model:
     images: tuple[int, int, int, int]
     generator: Callable[[], nn.Module] | None = None
     normalize_generator: bool = False
+    long: bool = False  # seconds a step: measured only where steps are asked for by name
 
 
 def normalized_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -143,6 +144,7 @@ MODELS = {
         (2, 3, 128, 128),
         lambda: models.BigGANGenerator((1536, 1536, 768, 384, 192, 96), 120),
         normalize_generator=True,
+        long=True,
     ),
 }
 

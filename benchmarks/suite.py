@@ -25,6 +25,7 @@ class Options:
     modes: tuple[str, ...] = (*MODES, STEP)
     rank_ratios: tuple[float, ...] = (1.0, 0.7)
     n_power_iterations: int = 1
+    long_steps: bool = False  # steps of seconds too
     repeats: int = 30
     budget: float = 1.0  # seconds for one provider in one mode
 
@@ -152,7 +153,7 @@ def run_matrices(
             budget=options.budget,
             step=watcher.advance,
         )
-        size = workloads.floor_bytes(workload.parameters, mode)
+        size = workloads.floor_bytes(workload, mode)
         row = replace(base, workload=workload.name, mode=mode, bytes=size)
         rows += make_rows(samples, row)
         if mode == "forward_backward":
@@ -210,9 +211,14 @@ def host_rows(
     ]
 
 
+def has_step(name: str, options: Options) -> bool:
+    """Whether a run times the step of this workload's model."""
+    return name in steps.MODELS and (options.long_steps or not steps.MODELS[name].long)
+
+
 def run_step(workload: Workload, options: Options, base: Row, watcher: Watcher) -> list[Row]:
     """The training step of the workload's discriminator: plain, and with each normalisation."""
-    if STEP not in options.modes or workload.name not in steps.MODELS:
+    if STEP not in options.modes or not has_step(workload.name, options):
         return []
     keys: list[Key] = [("plain", None)]
     for declared, ratio in options.wanted(workload):
@@ -237,5 +243,5 @@ def run_step(workload: Workload, options: Options, base: Row, watcher: Watcher) 
 def count_steps(names: Sequence[str], options: Options) -> int:
     """How often a run will call ``Watcher.advance``."""
     matrices = sum(mode in MODES for mode in options.modes)
-    whole = sum(name in steps.MODELS for name in names) if STEP in options.modes else 0
+    whole = sum(has_step(name, options) for name in names) if STEP in options.modes else 0
     return options.repeats * (matrices * len(names) + whole)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,12 @@ CORE = (
     "biggan_128_D_ch96",
     "gpt2_xl/24",
     "1x4096x4096",
+    "real_esrgan_unet_D@bfloat16",
 )
 QUICK = CORE[:2]
 FILE = Path(__file__).with_name("workloads.json")
 FLOAT_BYTES = 4
+HALF = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 FLOOR_PASSES = {"forward": 2, "evaluation": 2, "backward": 3, "forward_backward": 5}
 
 
@@ -34,6 +36,7 @@ class Workload:
     name: str
     source: str
     shapes: tuple[tuple[int, int], ...]
+    dtype: torch.dtype = torch.float32
 
     @property
     def parameters(self) -> int:
@@ -64,8 +67,14 @@ def find(name: str) -> Workload:
     """A workload by its name, or by one of two forms made from numbers.
 
     ``gpt2_xl/8`` keeps every eighth matrix of a model; ``64x512x256`` is 64 matrices of (512, 256).
+    ``@bfloat16`` or ``@float16`` after any of these is the same with weights of that dtype.
     Raises ValueError if there is no such workload.
     """
+    plain, at, dtype = name.partition("@")
+    if at:
+        if dtype not in HALF:
+            raise ValueError(f"workload {name!r}: the dtype must be one of {', '.join(HALF)}")
+        return replace(find(plain), name=name, dtype=HALF[dtype])
     known = load()
     if name in known:
         return known[name]
@@ -122,14 +131,14 @@ def make_problem(workload: Workload, seed: int = 0, n_power_iterations: int = 1)
     for rows, columns in workload.shapes:
         noise = torch.randn(rows, columns, generator=generator)
         scale = 0.1 / (math.sqrt(rows) + math.sqrt(columns))
-        weights.append(noise.mul_(scale).add_(flat[rows, columns]))
-        upstream.append(torch.randn(rows, columns, generator=generator))
+        weights.append(noise.mul_(scale).add_(flat[rows, columns]).to(workload.dtype))
+        upstream.append(torch.randn(rows, columns, generator=generator).to(workload.dtype))
         for vectors, n in ((us, rows), (vs, columns)):
             vector = torch.randn(n, generator=generator)
             vectors.append(vector / vector.norm())
     return Problem(workload, weights, upstream, us, vs, n_power_iterations)
 
 
-def floor_bytes(parameters: int, mode: str) -> int:
+def floor_bytes(workload: Workload, mode: str) -> int:
     """The bytes that a mode has to move: read W, write W_hat; read G and W, write dL/dW."""
-    return FLOOR_PASSES[mode] * parameters * FLOAT_BYTES
+    return FLOOR_PASSES[mode] * workload.parameters * workload.dtype.itemsize

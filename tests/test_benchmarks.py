@@ -80,9 +80,19 @@ def test_workloads_made_from_numbers(name, shapes):
     assert workloads.find(name).shapes == shapes
 
 
-@pytest.mark.parametrize("name", ["nothing", "0x3x4", "vit_b16/0", "nothing/2"])
+def test_workloads_of_half_precision():
+    half = workloads.find("2x3x4@bfloat16")
+    assert half.shapes == workloads.find("2x3x4").shapes
+    problem = workloads.make_problem(half)
+    assert {w.dtype for w in problem.weights + problem.upstream} == {torch.bfloat16}
+    assert workloads.floor_bytes(half, "backward") == 3 * 24 * 2
+
+
+@pytest.mark.parametrize(
+    "name", ["nothing", "0x3x4", "vit_b16/0", "nothing/2", "2x3x4@int8", "nothing@bfloat16"]
+)
 def test_an_unknown_workload_is_named(name):
-    with pytest.raises(ValueError, match=name):
+    with pytest.raises(ValueError, match=name.removesuffix("@bfloat16")):
         workloads.find(name)
 
 
@@ -211,10 +221,13 @@ EAGER = [
 ]
 
 
-@pytest.mark.parametrize("iterations", [1, 3])
+@pytest.mark.parametrize(
+    ("iterations", "dtype"), [(1, torch.float32), (3, torch.float32), (1, torch.bfloat16)]
+)
 @pytest.mark.parametrize(("name", "rank_ratio"), EAGER)
-def test_every_provider_passes_the_gate(name, rank_ratio, iterations):
-    problem = workloads.make_problem(TINY, n_power_iterations=iterations)
+def test_every_provider_passes_the_gate(name, rank_ratio, iterations, dtype):
+    workload = replace(TINY, dtype=dtype)
+    problem = workloads.make_problem(workload, n_power_iterations=iterations)
     declared = providers.PROVIDERS[name]
     if reason := declared.unavailable_reason():
         pytest.skip(reason)
