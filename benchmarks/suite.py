@@ -75,16 +75,16 @@ def _added_ms(time: float, base: float) -> float:
     return 1e3 * (time - base)
 
 
-def comparisons(key: Key) -> list[tuple[str, Key, Callable[[float, float], float]]]:
+def comparisons(key: Key, mode: str) -> list[tuple[str, Key, Callable[[float, float], float]]]:
     """(metric, base, function of both times) of one candidate."""
     _, ratio = key
+    share = ("share_of_step_percent", _share) if mode == STEP else ("added_ms", _added_ms)
     return [
-        ("added_ms", ("plain", None), _added_ms),
+        (share[0], ("plain", None), share[1]),
         ("time_over_copy_x", ("copy", None), _over),
         ("speedup_over_torch_sn_x", ("torch_sn", 1.0), _speedup),
         ("speedup_over_layerwise_x", ("layerwise", ratio), _speedup),
         ("speedup_over_reference_x", ("reference", ratio), _speedup),
-        ("share_of_step_percent", ("plain", None), _share),
     ]
 
 
@@ -94,7 +94,7 @@ def make_rows(samples: Samples[Key], base: Row) -> list[Row]:
     for key in samples:
         row = replace(base, provider=key[0], rank_ratio=key[1])
         rows.append(row.with_result("time_ms", samples.spread(key), 1e3))
-        for metric, other, function in comparisons(key):
+        for metric, other, function in comparisons(key, base.mode):
             if other != key and (result := samples.paired(key, other, function)):
                 rows.append(row.with_result(metric, result))
     return rows

@@ -273,6 +273,17 @@ def test_the_gate_stops_a_wrong_provider(problem, spoil, message):
         oracle.check_runner("wrong", runner, oracle.make_oracle(problem, 0.5), providers.MODES)
 
 
+@pytest.mark.parametrize(
+    ("mode", "metric", "value"),
+    [("forward", "added_ms", 3000.0), ("step", "share_of_step_percent", 75.0)],
+)
+def test_what_normalising_adds_is_a_time_in_a_round_and_a_share_of_a_step(mode, metric, value):
+    samples = timing.Samples({("plain", None): [1.0, 1.0], ("module", 1.0): [4.0, 4.0]})
+    rows = suite.make_rows(samples, make_row(mode=mode))
+    (row,) = [r for r in rows if r.metric in ("added_ms", "share_of_step_percent")]
+    assert (row.provider, row.metric, row.p50) == ("module", metric, value)
+
+
 def test_a_wrong_provider_is_not_timed(problem, monkeypatch):
     Wrong.spoil = "gradient"
     declared = replace(providers.PROVIDERS["reference"], name="wrong", runner=Wrong)
