@@ -12,7 +12,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 import srn_kernels as srn
 from benchmarks.timing import Body
-from benchmarks.workloads import Problem
+from benchmarks.workloads import Problem, Workload
 
 MODES = ("forward", "backward", "forward_backward", "evaluation")
 
@@ -71,7 +71,11 @@ class Runner:
 
 @dataclass(frozen=True)
 class Provider:
-    """A declared provider: what it is, and what it can do."""
+    """A declared provider: what it is, and what it can do.
+
+    It sits out workloads of more than ``most_layers``, and serves the last wanted rank ratio alone
+    where there are more than ``most_parameters``, so that a run ends in ten minutes.
+    """
 
     name: str
     title: str
@@ -81,12 +85,17 @@ class Provider:
     modes: tuple[str, ...]
     needs_kernels: bool
     most_layers: int | None
+    most_parameters: int | None
 
-    def ratios(self, wanted: Sequence[float]) -> list[float | None]:
+    def ratios(self, wanted: Sequence[float], workload: Workload) -> list[float | None]:
         """Those of the wanted rank ratios that it serves; [None] for a floor."""
+        if len(workload.shapes) > (self.most_layers or len(workload.shapes)):
+            return []
         if not (self.spectral or self.stable_rank):
             return [None]
-        return [r for r in wanted if (self.spectral if r == 1 else self.stable_rank)]
+        served = [r for r in wanted if (self.spectral if r == 1 else self.stable_rank)]
+        long = workload.parameters > (self.most_parameters or workload.parameters)
+        return served[-1:] if long else served
 
     def unavailable_reason(self) -> str | None:
         return srn.available_backends()["cpu"] if self.needs_kernels else None
@@ -104,12 +113,21 @@ def provider(
     modes: tuple[str, ...] = MODES,
     needs_kernels: bool = False,
     most_layers: int | None = None,
+    most_parameters: int | None = None,
 ) -> Callable[[type[Runner]], type[Runner]]:
     """Declares the decorated Runner."""
 
     def declare(runner: type[Runner]) -> type[Runner]:
         PROVIDERS[name] = Provider(
-            name, title, runner, spectral, stable_rank, modes, needs_kernels, most_layers
+            name,
+            title,
+            runner,
+            spectral,
+            stable_rank,
+            modes,
+            needs_kernels,
+            most_layers,
+            most_parameters,
         )
         return runner
 
@@ -339,7 +357,7 @@ class Layerwise(StatefulRunner):
         return top + rest * (limit / norm)
 
 
-@provider("reference", "srn_kernels reference", stable_rank=True)
+@provider("reference", "srn_kernels reference", stable_rank=True, most_parameters=2**25)
 class Reference(StatefulRunner):
     half_allowance = 0.0
 

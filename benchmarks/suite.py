@@ -35,8 +35,7 @@ class Options:
         return [
             (provider, ratio)
             for provider in chosen
-            if len(workload.shapes) <= (provider.most_layers or len(workload.shapes))
-            for ratio in provider.ratios(self.rank_ratios)
+            for ratio in provider.ratios(self.rank_ratios, workload)
         ]
 
 

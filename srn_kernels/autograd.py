@@ -29,6 +29,8 @@ class Plan(NamedTuple):
     preserve: tuple[int, ...] = ()  # k of each layer; empty: 1 for all, what the kernels serve
 
 
+State = tuple[Sequence[Tensor], Sequence[Tensor]]  # us and vs
+
 _BATCHED = (
     "torch.vmap over the weights of a normalised model is not supported; normalise a list of the "
     "members' weights in one stable_rank_normalize call instead"
@@ -51,6 +53,7 @@ class RoundRecord:
         self.layers = layers  # told of a backward: their attribute ``backward_seen``
         self.round_state: Tensor | None = None
         self.stats: Tensor | None = None
+        self.graphed = torch.is_grad_enabled()  # a backward may come
         self.backward_seen = False
         self.iterated = False  # of shards: whether u and v moved,
         self.written: list[int] = []  # and the versions of their weights
@@ -91,20 +94,27 @@ def _new_like(weights: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[
 class StableRankNormFunction(torch.autograd.Function):
     """W_hat of all layers of a round, with the gradient of constant u and v (Algorithm 2).
 
-    ``apply(plan, record, *weights, *us, *vs)`` returns ``(*W_hat, round_state, stats)``; the last
-    two carry no gradient. ``record`` is None or a :class:`RoundRecord` to fill. Given a finished
-    round's ``round_state`` and ``stats`` as two more arguments, the same W_hat is computed again
-    without touching the state. Twice differentiable in eager mode. Several backwards may reach one
-    node; layers without a gradient get None.
+    ``apply(plan, record, None, *weights, *us, *vs)`` returns ``(*W_hat, round_state, stats)``; the
+    last two carry no gradient. ``record`` is None or a :class:`RoundRecord` to fill. Given a
+    finished round's ``round_state`` and ``stats`` as two more arguments, the same W_hat is computed
+    again without touching the state. In eager mode, ``apply(plan, record, (us, vs), *weights)``
+    spares autograd the look at tensors that never have a gradient. Twice differentiable in eager
+    mode. Several backwards may reach one node; layers without a gradient get None.
     """
 
     @staticmethod
-    def forward(plan: Plan, record: RoundRecord | None, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        plan: Plan, record: RoundRecord | None, state: State | None, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
         n = len(plan.dims)
-        weights, us, vs = tensors[:n], tensors[n : 2 * n], tensors[2 * n : 3 * n]
+        weights, others = tensors[:n], tensors[n:]
+        if state is None:
+            us, vs, finished = others[:n], others[n : 2 * n], others[2 * n :]
+        else:
+            (us, vs), finished = state, others
         outs = _new_like(weights, plan.out_dtypes)
-        if len(tensors) > 3 * n:
-            round_state, stats = (t.clone() for t in tensors[3 * n :])
+        if finished:
+            round_state, stats = (t.clone() for t in finished)
         else:
             round_state = us[0].new_empty(plan.state_size)
             stats = us[0].new_empty((n, len(reference.STATS)), dtype=torch.float64)
@@ -127,7 +137,7 @@ class StableRankNormFunction(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        plan, record, *tensors = inputs
+        plan, record, _, *tensors = inputs
         weights = tuple(tensors[: len(plan.dims)])
         round_state, stats = output[-2:]
         ctx.mark_non_differentiable(round_state, stats)
@@ -163,7 +173,7 @@ class StableRankNormFunction(torch.autograd.Function):
                         "normalisation and this backward (an optimiser step?); run the forward "
                         "again before the second backward"
                     )
-        wanted = ctx.needs_input_grad[2:]  # made anew by every look at it
+        wanted = ctx.needs_input_grad[3:]  # made anew by every look at it
         rows = [i for i in range(n) if grads[i] is not None and wanted[i]]
         result: list[Tensor | None] = [None] * n
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
@@ -217,7 +227,7 @@ class StableRankNormFunction(torch.autograd.Function):
                 )
             for i, out in zip(rows, outs, strict=True):
                 result[i] = out
-        return (None, None, *result, *[None] * ctx.state_arguments)
+        return (None, None, None, *result, *[None] * ctx.state_arguments)
 
     @staticmethod
     def vmap(
@@ -225,25 +235,35 @@ class StableRankNormFunction(torch.autograd.Function):
         in_dims: tuple[Any, ...],
         plan: Plan,
         record: RoundRecord | None,
+        state: State | None,
         *tensors: Tensor,
     ) -> Any:
-        if any(d is not None for d in in_dims[2:]):
+        if any(d is not None for d in in_dims[3:]):
             raise RuntimeError(_BATCHED)
-        outs = StableRankNormFunction.apply(plan, record, *tensors)
+        outs = StableRankNormFunction.apply(plan, record, state, *tensors)
         return outs, (None,) * len(outs)
 
 
-def run_round(plan: Plan, record: RoundRecord | None, *tensors: Tensor) -> tuple[Tensor, ...]:
-    """:class:`StableRankNormFunction`, or its forward alone where nothing wants a gradient."""
-    weights = tensors[: len(plan.dims)]
+def run_round(
+    plan: Plan,
+    record: RoundRecord | None,
+    weights: Sequence[Tensor],
+    us: Sequence[Tensor],
+    vs: Sequence[Tensor],
+    *finished: Tensor,
+) -> tuple[Tensor, ...]:
+    """:class:`StableRankNormFunction`, or its forward alone where nothing wants a gradient.
+
+    ``finished``: nothing, or round_state and stats of the round to repeat.
+    """
     if torch.is_grad_enabled() and any(w.requires_grad for w in weights):
         if plain_eager():
             # Function.apply would inspect forward's signature on every call, for 60 us.
             return super(torch.autograd.Function, StableRankNormFunction).apply(
-                plan, record, *tensors
+                plan, record, (us, vs), *weights, *finished
             )
-        return StableRankNormFunction.apply(plan, record, *tensors)
-    outputs = StableRankNormFunction.forward(plan, record, *tensors)
+        return StableRankNormFunction.apply(plan, record, None, *weights, *us, *vs, *finished)
+    outputs = StableRankNormFunction.forward(plan, record, (us, vs), *weights, *finished)
     if record is not None:
         record.round_state, record.stats = outputs[-2:]
     return outputs

@@ -17,8 +17,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from srn_kernels.entries import converge
 from srn_kernels.reference import matrix, state_dtype
-from srn_kernels.state import KEY, NormalizedWeight, converge
+from srn_kernels.state import KEY, NormalizedWeight
 
 
 def _move(state_dict: dict[str, Any], old: str, new: str) -> None:

@@ -274,7 +274,7 @@ def stable_rank_normalize(
             name,
             gradient,
         )
-        results = run_round(plan, None, *chosen, *[us[i] for i in group], *[vs[i] for i in group])
+        results = run_round(plan, None, chosen, [us[i] for i in group], [vs[i] for i in group])
         for i, out in zip(group, results, strict=False):
             outs[i] = out
     return outs

@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from srn_kernels import checkpoint, rounds
+from srn_kernels.entries import converge, normalize_entries
 from srn_kernels.functional import check_count
 from srn_kernels.state import (
     KEY,
@@ -22,9 +23,7 @@ from srn_kernels.state import (
     Settings,
     check_ratio,
     check_weight,
-    converge,
     is_split,
-    normalize_entries,
 )
 
 LAYER_TYPES = (

@@ -272,19 +272,24 @@ class SplitFunction(torch.autograd.Function):
         return (None, None, None, None, None, *result)
 
 
-def run_split(plan: Plan, record: RoundRecord | None, *tensors: Tensor) -> tuple[Tensor, ...]:
+def run_split(
+    plan: Plan,
+    record: RoundRecord | None,
+    weights: Sequence[Tensor],
+    us: Sequence[Tensor],
+    vs: Sequence[Tensor],
+    *finished: Tensor,
+) -> tuple[Tensor, ...]:
     """:func:`srn_kernels.autograd.run_round` for DTensor weights; W_hat is placed as its weight."""
     if plan.preserve:
         raise NotImplementedError(f"{plan.names[0]} is a DTensor, for which preserve has to be 1")
-    n = len(plan.dims)
-    weights, us, vs = tensors[:n], tensors[n : 2 * n], tensors[2 * n : 3 * n]
     blocks = [
         block_of(w, d, name) for w, d, name in zip(weights, plan.dims, plan.names, strict=True)
     ]
     local = [w.to_local() for w in weights]
     with torch.no_grad():
-        if len(tensors) > 3 * n:
-            round_state, stats = tensors[3 * n :]
+        if finished:
+            round_state, stats = finished
         else:
             round_state, stats = measure(plan, [w.detach() for w in local], blocks, us, vs)
         vectors = []

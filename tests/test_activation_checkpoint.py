@@ -210,6 +210,19 @@ def test_an_evaluation_between_forward_and_backward_does_not_matter(reentrant: b
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-12, atol=1e-13)
 
 
+def test_an_evaluation_does_not_hide_that_two_forwards_wait() -> None:
+    model = model_of("layers", False)
+    x = images().double().requires_grad_()
+    losses = []
+    for _ in range(2):
+        losses.append(model(x).square().sum())
+        with torch.no_grad():
+            model.eval()(x)
+            model.train()
+    with pytest.raises(RuntimeError, match="several of its forwards wait"):
+        losses[0].backward()
+
+
 @pytest.mark.parametrize("groups", [2, 3])
 def test_a_round_in_groups_is_recomputed(groups: int) -> None:
     plain = model_of("layers", None)

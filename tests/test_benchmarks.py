@@ -216,9 +216,26 @@ def problem() -> workloads.Problem:
 EAGER = [
     pytest.param(name, ratio, id=f"{name}-{ratio}")
     for name, declared in providers.PROVIDERS.items()
-    for ratio in declared.ratios([1.0, 0.7, 0.05])
+    for ratio in declared.ratios([1.0, 0.7, 0.05], TINY)
     if name != "torch_sn_compiled" and ratio is not None
 ]
+
+
+@pytest.mark.parametrize(
+    ("name", "workload", "served"),
+    [
+        ("copy", "2x8x8", [None]),
+        ("torch_sn", "2x8x8", [1.0]),
+        ("layerwise", "2x8x8", [0.7]),
+        ("module", "2x8x8", [1.0, 0.7]),
+        ("torch_sn_compiled", "17x8x8", []),
+        ("reference", "2x8x8", [1.0, 0.7]),
+        ("reference", "biggan_128_D_ch96", [0.7]),
+        ("module", "biggan_128_D_ch96", [1.0, 0.7]),
+    ],
+)
+def test_what_a_provider_serves(name, workload, served):
+    assert providers.PROVIDERS[name].ratios([1.0, 0.7], workloads.find(workload)) == served
 
 
 @pytest.mark.parametrize(
@@ -327,7 +344,7 @@ def test_counted_bytes_are_those_of_the_algorithm(name, passes):
     if reason := declared.unavailable_reason():
         pytest.skip(reason)
     workload = workloads.find("2x256x256")
-    (ratio,) = declared.ratios([1.0])
+    (ratio,) = declared.ratios([1.0], workload)
     runner = declared.runner(workloads.make_problem(workload), ratio)
     runner.forward_backward()
     bytes_of_a_pass = workload.parameters * 4

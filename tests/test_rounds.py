@@ -327,8 +327,11 @@ def test_four_threads_evaluate_one_model() -> None:
     assert is_raw(model)
 
 
-def test_training_from_two_threads_raises() -> None:
+@pytest.mark.parametrize("rounds_before", [0, 2])
+def test_training_from_two_threads_raises(rounds_before: int) -> None:
     model, x = wrapped(), images()
+    for _ in range(rounds_before):
+        model(x)
     inside, leave = threading.Event(), threading.Event()
 
     def wait(*_: object) -> None:
@@ -340,8 +343,12 @@ def test_training_from_two_threads_raises() -> None:
     worker.start()
     inside.wait(10)
     try:
-        with pytest.raises(RuntimeError, match="another thread"):
-            model(x)
+        for gradients in (True, False):
+            with (
+                torch.set_grad_enabled(gradients),
+                pytest.raises(RuntimeError, match="another thread"),
+            ):
+                model(x)
     finally:
         leave.set()
         worker.join()
