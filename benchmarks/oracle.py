@@ -77,12 +77,9 @@ def check_runner(name: str, runner: Runner, oracle: Oracle, modes: Sequence[str]
     runner.train(True)
     outputs = runner.outputs()
     oracle.check(name, "output", outputs, allowance)
-    torch.autograd.backward(outputs, runner.problem.upstream)
-    grads = [p.grad for p in runner.parameters]
+    grads = runner.gradients(outputs)
     oracle.check(name, "gradient", grads, allowance)
     del outputs, grads
-    for parameter in runner.parameters:
-        parameter.grad = None
     if "evaluation" in modes:
         runner.train(False)
         with torch.no_grad():

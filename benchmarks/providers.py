@@ -13,8 +13,10 @@ from torch.nn.utils.parametrizations import spectral_norm
 import srn_kernels as srn
 from benchmarks.timing import Body
 from benchmarks.workloads import Problem, Workload
+from srn_kernels.backends import cpu
 
 MODES = ("forward", "backward", "forward_backward", "evaluation")
+KERNELS = "kernels"
 
 
 class Runner:
@@ -49,11 +51,17 @@ class Runner:
     def prepare_backward(self) -> None:
         self.pending = self.outputs()
 
-    def backward(self) -> None:
-        outputs, self.pending = self.pending, ()
+    def gradients(self, outputs: Sequence[Tensor]) -> Sequence[Tensor | None]:
+        """dL/dW of every weight, from the problem's dL/dW_hat."""
         torch.autograd.backward(outputs, self.problem.upstream)
+        grads = [p.grad for p in self.parameters]
         for parameter in self.parameters:
             parameter.grad = None
+        return grads
+
+    def backward(self) -> None:
+        outputs, self.pending = self.pending, ()
+        self.gradients(outputs)
 
     def forward_backward(self) -> None:
         self.prepare_backward()
@@ -370,6 +378,71 @@ class Reference(StatefulRunner):
             n_power_iterations=self.problem.n_power_iterations,
             training=self.training,
         )
+
+
+@provider(KERNELS, "srn_kernels, kernels alone", stable_rank=True, needs_kernels=True)
+class Kernels(StatefulRunner):
+    """Two calls into memory that stays: what everything around the kernels is measured against."""
+
+    half_allowance = 0.0
+
+    def __init__(self, problem: Problem, rank_ratio: float | None) -> None:
+        super().__init__(problem, rank_ratio)
+        weights, n = problem.weights, len(problem.weights)
+        shapes = tuple(tuple(w.shape) for w in weights)
+        ranks = map(srn.functional.effective_rank, self.target_ranks, *zip(*shapes, strict=True))
+        target_ranks = tuple(ranks)
+        dtypes, names = tuple(w.dtype for w in weights), tuple(map(str, range(n)))
+        self.plans = {
+            training: srn.functional.make_plan(
+                shapes,
+                target_ranks,
+                (problem.n_power_iterations if training else 0,) * n,
+                (0,) * n,
+                (1e-12,) * n,
+                dtypes,
+                names,
+                "cpu",
+                "frozen",
+                (),
+            )
+            for training in (True, False)
+        }
+        self.outs = [torch.empty_like(w) for w in weights]
+        self.grads = [torch.empty_like(w) for w in weights]
+        self.round_state = torch.empty(self.plans[True].state_size)
+        self.stats = torch.empty(n, len(srn.reference.STATS), dtype=torch.float64)
+
+    def outputs(self) -> Sequence[Tensor]:
+        plan = self.plans[self.training]
+        cpu.normalize(
+            self.problem.weights,
+            self.us,
+            self.vs,
+            self.outs,
+            self.round_state,
+            self.stats,
+            plan.offsets,
+            plan.target_ranks,
+            plan.iterations,
+            plan.dims,
+            plan.eps,
+        )
+        return self.outs
+
+    def gradients(self, outputs: Sequence[Tensor]) -> Sequence[Tensor]:
+        plan = self.plans[True]
+        cpu.normalize_backward(
+            self.problem.upstream,
+            self.problem.weights,
+            self.round_state,
+            self.stats,
+            self.grads,
+            range(len(self.grads)),
+            plan.offsets,
+            plan.dims,
+        )
+        return self.grads
 
 
 @provider("functional", "srn_kernels functional", stable_rank=True, needs_kernels=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from benchmarks import counting, memory, steps, workloads
 from benchmarks.oracle import WrongResult, check_runner, make_oracle
-from benchmarks.providers import MODES, PROVIDERS, Provider, Runner
+from benchmarks.providers import KERNELS, MODES, PROVIDERS, Provider, Runner
 from benchmarks.store import Row
 from benchmarks.timing import Body, Samples, Spread, measure, spread
 from benchmarks.workloads import Problem, Workload
@@ -81,6 +81,7 @@ def comparisons(key: Key, mode: str) -> list[tuple[str, Key, Callable[[float, fl
     return [
         (share[0], ("plain", None), share[1]),
         ("time_over_copy_x", ("copy", None), _over),
+        ("time_over_kernels_x", (KERNELS, ratio), _over),
         ("speedup_over_torch_sn_x", ("torch_sn", 1.0), _speedup),
         ("speedup_over_layerwise_x", ("layerwise", ratio), _speedup),
         ("speedup_over_reference_x", ("reference", ratio), _speedup),
