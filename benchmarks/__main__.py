@@ -153,10 +153,12 @@ def publish(
     folder: Folder = store.RESULTS,
 ) -> None:
     """Bring README.md, docs/benchmarks.md and their pictures to what the store says."""
-    rows = store.published(store.load(folder))
+    everything = store.load(folder)
+    rows = store.published(everything)
     grown = store.of_last_runs(store.load(folder, store.CURVES))
     wrong = []
-    for name, block in tables.documents(rows, grown).items():
+    documents = tables.documents(rows, grown, store.repeated(everything))
+    for name, block in documents.items():
         try:
             if difference := tables.difference(root / name, block):
                 wrong.append(difference)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import gc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -29,8 +28,10 @@ def available_mebibytes() -> float:
 
 
 def peak_mebibytes(body: Callable[[], object]) -> float | None:
-    """How far the process grows during ``body``; None where the peak cannot be reset."""
-    gc.collect()
+    """How far the process grows during ``body``; None where the peak cannot be reset.
+
+    Garbage of earlier calls is the caller's to collect.
+    """
     srn.empty_cache()
     try:
         ctypes.CDLL(None).malloc_trim(0)

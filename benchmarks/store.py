@@ -147,6 +147,19 @@ def of_last_runs(rows: Iterable[Row]) -> list[Row]:
     return [row for row in rows if row.date == last[row.machine, row.place]]
 
 
+def repeated(rows: Iterable[Row]) -> list[tuple[Row, Row]]:
+    """What the last commit with two runs on one machine measured in both, the older row first."""
+    runs: dict[tuple, dict[tuple, list[Row]]] = {}
+    for row in sorted(rows, key=lambda row: row.date):
+        if not row.dirty:
+            runs.setdefault((row.machine, row.commit), {}).setdefault(row.subject, []).append(row)
+    pairs = [
+        [(found[-2], found[-1]) for found in subjects.values() if len(found) > 1]
+        for subjects in runs.values()
+    ]
+    return max(filter(None, pairs), key=lambda p: max(b.date for _, b in p), default=[])
+
+
 def published(rows: Iterable[Row]) -> list[Row]:
     """What tables and plots show: the core workloads on the machine that was measured last."""
     rows = [r for r in of_last_runs(rows) if r.workload in CORE and r.n_power_iterations == 1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -169,8 +170,10 @@ def _normalizing(runners: dict[Key, Runner], base: Row) -> Iterator[tuple[Runner
             yield runner, replace(base, provider=name, rank_ratio=ratio)
 
 
-def memory_rows(runners: dict[Key, Runner], base: Row, repeats: int = 3) -> list[Row]:
+def memory_rows(runners: dict[Key, Runner], base: Row) -> list[Row]:
     """Peak memory of a forward and backward beyond weights and dL/dW_hat, where it can be told."""
+    repeats = 3 if base.bytes < 2**28 else 1  # all of it is touched anew each time
+    gc.collect()
     rows = []
     for runner, row in _normalizing(runners, base):
         peaks = [memory.peak_mebibytes(runner.forward_backward) for _ in range(repeats)]

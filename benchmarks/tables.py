@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -176,6 +177,16 @@ _METRICS = {
 }
 
 
+# Title, and metric, of what two runs are compared by.
+_REPEATED = {
+    "times": "time_ms",
+    "multiples of the copy": "time_over_copy_x",
+    "multiples of the kernels alone": "time_over_kernels_x",
+    "times faster than torch spectral norm": "speedup_over_torch_sn_x",
+    "times faster than SRN layer by layer": "speedup_over_layerwise_x",
+}
+
+
 def grids(rows: Sequence[Row]) -> list[Grid]:
     """All tables that the rows have something for."""
     both = [r for r in rows if r.mode == "forward_backward"]
@@ -244,9 +255,31 @@ def markdown(rows: Sequence[Row], made: Callable[[Sequence[Row]], list[Grid]] = 
     return "\n\n".join([*parts, note + caption(rows), f"Made by `{COMMAND}`."])
 
 
-def documents(rows: Sequence[Row], grown: Sequence[Row]) -> dict[str, str]:
+def repeatability(pairs: Sequence[tuple[Row, Row]]) -> Grid:
+    """How far the same numbers were apart in two runs of one commit."""
+    lines = []
+    for title, metric in _REPEATED.items():
+        chosen = [(a, b) for a, b in pairs if a.metric == metric and a.p50 > 0 < b.p50]
+        if len(chosen) < 2:
+            continue
+        meet = sum(a.p20 <= b.p80 and b.p20 <= a.p80 for a, b in chosen) / len(chosen)
+        apart = [100 * abs(b.p50 / a.p50 - 1) for a, b in chosen]
+        tenths = statistics.quantiles(apart, n=10, method="inclusive")
+        percent = [f"{100 * meet:.0f} %", *(f"{x:.1f} %" for x in (tenths[4], tenths[8]))]
+        lines.append([title, str(len(chosen)), *percent])
+    header = ["", "numbers", "spreads overlap", "medians differ by", "nine in ten by at most"]
+    return Grid("The same commit run twice", header, lines)
+
+
+def documents(
+    rows: Sequence[Row], grown: Sequence[Row], pairs: Sequence[tuple[Row, Row]] = ()
+) -> dict[str, str]:
     """What belongs between the markers of each document."""
     full = markdown(rows)
+    if (twice := repeatability(pairs)).lines:
+        first, second = pairs[0]
+        runs = f"Commit {first.commit}, {first.date} and {second.date}."
+        full = "\n\n".join([full, twice.markdown(), runs])
     if grown:
         parts = [grid.markdown() for grid in curves(grown)]
         made = "Made by `python -m benchmarks grow --save && python -m benchmarks publish`."

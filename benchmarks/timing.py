@@ -97,7 +97,7 @@ def measure(
     before it, and must not be the same neighbour every time.
 
     Args:
-        bodies: what to time, one call a repeat, after WARM_UPS calls each.
+        bodies: what to time, one call a repeat, after WARM_UPS calls each, or one if it is slow.
         repeats: of a candidate that fits the budget.
         budget: seconds for one candidate; a slow one sits repeats out, down to FEWEST.
         seed: of the orders.
@@ -115,7 +115,9 @@ def measure(
     with no_garbage_collection():
         shares = {}
         for key, body in bodies.items():
-            seconds = min(time_once(body) for _ in range(WARM_UPS))
+            seconds = time_once(body)
+            if FEWEST * seconds < budget:
+                seconds = min(seconds, *(time_once(body) for _ in range(WARM_UPS - 1)))
             shares[key] = share_of_repeats(seconds, repeats, budget)
         for repeat in range(repeats):
             for key in generator.sample(list(bodies), len(bodies)):

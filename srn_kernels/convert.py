@@ -192,6 +192,9 @@ def convert_spectral_norm(
     init_iterations: int = 15,
     backend: str = "auto",
     gradient: str = "frozen",
+    sigma_max: float | None = None,
+    grad_through_sigma: bool = True,
+    gain: bool = False,
     groups: int = 1,
 ) -> nn.Module:
     """Takes over every spectral norm in a model and fuses them into one round.
@@ -208,7 +211,8 @@ def convert_spectral_norm(
         model: modified in place and returned.
         rank_ratio: for all layers; at 1, stable_rank hooks keep the ratio they have.
         n_power_iterations, eps: None: what each layer has now.
-        stable_rank, init_iterations, backend, gradient: see :func:`srn_kernels.stable_rank_norm`.
+        stable_rank, init_iterations, backend, gradient, sigma_max, grad_through_sigma, gain: see
+            :func:`srn_kernels.stable_rank_norm`.
         groups: see :func:`srn_kernels.apply_stable_rank_norm`.
 
     Raises:
@@ -220,6 +224,9 @@ def convert_spectral_norm(
         "init_iterations": init_iterations,
         "backend": backend,
         "gradient": gradient,
+        "sigma_max": sigma_max,
+        "grad_through_sigma": grad_through_sigma,
+        "gain": gain,
     }
     if n_power_iterations is not None:
         keywords["n_power_iterations"] = n_power_iterations
@@ -237,6 +244,8 @@ def convert_spectral_norm(
             weight = _weight(item)
             check_weight(item.module, weight, label)
             settings = _settings(item, weight, dict(keywords))
+            if gain and hasattr(item.module, item.name + "_gain"):
+                raise ValueError(f"{label}: the module has an attribute {item.name + '_gain'!r}")
             entry = NormalizedWeight(item.module, item.name, label, settings)
             if id(weight) in first_of:
                 also.append((first_of[id(weight)], item, weight))

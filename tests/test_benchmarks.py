@@ -186,6 +186,14 @@ def test_a_slow_candidate_sits_repeats_out():
     assert timing.share_of_repeats(1e6, 20, 30.0) == timing.FEWEST
 
 
+@pytest.mark.parametrize(("seconds", "calls"), [(2.0, timing.FEWEST + 1), (1.0, 7 + 2)])
+def test_a_slow_candidate_is_warmed_up_once(seconds, calls):
+    clock = FakeClock()
+    body = clock.body("x", [seconds] * 99)
+    timing.measure({"x": body}, repeats=20, budget=7.0, clock=clock)
+    assert clock.calls.count("x") == calls
+
+
 def test_neighbours_change_from_repeat_to_repeat():
     clock = FakeClock()
     bodies = {name: clock.body(name, [1.0] * 99) for name in "abcd"}
@@ -409,6 +417,27 @@ def test_publish_writes_and_check_detects_a_difference(tmp_path):
     assert "**1.00" in result.output
     readme.write_text("no markers")
     assert cli.invoke(app, [*arguments, "--check"]).exit_code == 2
+
+
+def test_repeated_runs_are_paired_by_commit_machine_and_subject():
+    first = make_row(date="2026-01-01")
+    middle, last = replace(first, date="2026-01-02"), replace(first, date="2026-01-03")
+    once = replace(first, date="2026-01-03", metric="added_ms")
+    older = [replace(first, commit="bbbb", date=f"2025-01-0{day}") for day in (1, 2)]
+    dirty = [replace(first, commit="cccc", date=f"2027-01-0{day}", dirty=True) for day in (1, 2)]
+    elsewhere = replace(first, date="2026-01-03", cpu="slide rule")
+    rows = [last, first, middle, once, elsewhere, *older, *dirty]
+    assert store.repeated(rows) == [(middle, last)]
+    assert store.repeated([first, once, elsewhere]) == []
+
+
+def test_repeatability_counts_overlaps_and_differences():
+    first = make_row()
+    pairs = [(first, replace(first, p50=2.0 * (1 + i / 100))) for i in range(10)]
+    pairs.append((first, replace(first, p20=3.5, p50=4.0, p80=5.0)))
+    (line,) = tables.repeatability(pairs).lines
+    assert line == ["times", "11", "91 %", "5.0 %", "9.0 %"]
+    assert tables.repeatability([]).lines == []
 
 
 def test_documents_agree_with_the_store():

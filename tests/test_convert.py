@@ -179,6 +179,31 @@ def test_half_precision_state_becomes_float32() -> None:
     assert torch.linalg.matrix_norm(w_hat, 2).item() < 3.0
 
 
+@pytest.mark.parametrize("form", ["legacy", "parametrization"])
+def test_a_soft_bound_and_a_gain_come_with_the_conversion(form: str) -> None:
+    """sigma_max far above every sigma gives the raw weight; the gain multiplies it."""
+    model = with_torch_sn(form)
+    srn.convert_spectral_norm(model, sigma_max=1e6, gain=True)
+    model.eval()
+    for layer in wrapped_layers(model):
+        assert layer.weight_gain.shape == (1,)
+        with torch.no_grad():
+            layer.weight_gain.fill_(3.0)
+        # two roundings in float32
+        torch.testing.assert_close(
+            srn.normalized_weight(layer), 3 * layer.weight, rtol=2.4e-7, atol=0
+        )
+
+
+def test_an_attribute_in_the_place_of_the_gain_is_refused() -> None:
+    model = with_torch_sn("legacy")
+    before = copy.deepcopy(model.state_dict())
+    model.up.weight_gain = 1.0
+    with pytest.raises(ValueError, match=r"up\.weight: .* 'weight_gain'"):
+        srn.convert_spectral_norm(model, gain=True)
+    assert list(model.state_dict()) == list(before)
+
+
 def test_a_chain_of_parametrizations_is_refused() -> None:
     model = Discriminator()
     parametrizations.spectral_norm(model.conv)
