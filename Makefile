@@ -61,7 +61,7 @@ format: setup
 
 kernels: setup
 	$(BIN)/python -m srn_kernels.backends.triton.compile $(if $(FULL),--full)
-	$(BIN)/python -m srn_kernels.backends.cuda.compile $(if $(FULL),,--arch 90a)
+	$(BIN)/python -m srn_kernels.backends.cuda.compile
 
 gpu-check:
 	PYTHONPATH="$(CURDIR):$(CURDIR)/python" $(PYTHON) -m benchmarks.gpu_check --out "$(OUT)" $(GPU_CHECK_ARGS)

@@ -203,7 +203,7 @@ def host_rows(
     bodies = {
         key: type(runner)(problem, key[1]).body(base.mode)
         for key, runner in runners.items()
-        if key[1] is not None and runner.countable
+        if (key[1] is not None or key[0] == "plain") and runner.countable
     }
     samples: Samples[Key] = measure(bodies, repeats=options.repeats, budget=options.budget)
     return [

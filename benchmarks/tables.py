@@ -11,6 +11,7 @@ from pathlib import Path
 from rich.table import Table
 from tabulate import tabulate
 
+from benchmarks import workloads
 from benchmarks.growth import CURVES, matches
 from benchmarks.growth import PROVIDERS as GROWING
 from benchmarks.providers import KERNELS, MODES, PROVIDERS
@@ -80,7 +81,7 @@ def provider_title(line: Line) -> str:
 
 def number(x: float) -> str:
     """Three significant digits, without an exponent."""
-    return f"{x:,.0f}" if abs(x) >= 100 else f"{x:#.3g}"
+    return f"{x:,.0f}" if abs(x) >= 99.95 else f"{x:#.3g}"
 
 
 def _ordered(names: Iterable[str], order: Sequence[str]) -> list[str]:
@@ -187,6 +188,23 @@ _REPEATED = {
 }
 
 
+def _host_grid(rows: Sequence[Row]) -> Grid:
+    """The cost of calls as a straight line over the number of layers, by least squares."""
+    points: dict[Line, list[tuple[int, float]]] = {}
+    for r in rows:
+        if r.metric == "host_ms":
+            layers = len(workloads.find(r.workload).shapes)
+            points.setdefault((r.provider, r.rank_ratio), []).append((layers, 1e3 * r.p50))
+    lines = []
+    for line in _lines(r for r in rows if r.metric == "host_ms"):
+        layers, times = zip(*points[line], strict=True)
+        if len(set(layers)) > 1:
+            slope, fixed = statistics.linear_regression(layers, times)
+            lines.append([provider_title(line), number(fixed), number(slope)])
+    title = "Forward and backward: microseconds that the calls cost (fitted to the table above)"
+    return Grid(title, ["", "a round", "and a layer"], lines)
+
+
 def grids(rows: Sequence[Row]) -> list[Grid]:
     """All tables that the rows have something for."""
     both = [r for r in rows if r.mode == "forward_backward"]
@@ -194,6 +212,8 @@ def grids(rows: Sequence[Row]) -> list[Grid]:
     for title, metric in _METRICS.items():
         chosen = [r for r in both if r.metric == metric]
         made.append(_grid(f"Forward and backward: {title}", chosen, _value(metric)))
+        if metric == "host_ms":
+            made.append(_host_grid(chosen))
     made.append(_step_grid(rows))
     return [grid for grid in made if grid.lines]
 

@@ -11,6 +11,7 @@ import torch
 from typer.testing import CliRunner
 
 from benchmarks import (
+    bench_groups,
     counting,
     growth,
     models,
@@ -440,9 +441,25 @@ def test_repeatability_counts_overlaps_and_differences():
     assert tables.repeatability([]).lines == []
 
 
+def test_the_cost_of_calls_is_a_line_over_the_layers():
+    names = [n for n in workloads.CORE if not n.endswith("bfloat16")]
+    rows = [
+        make_row(workload=n, metric="host_ms", p50=0.1 + 0.002 * len(workloads.find(n).shapes))
+        for n in names
+    ]
+    grid = next(g for g in tables.grids(rows) if "fitted" in g.title)
+    assert grid.lines == [["srn_kernels, SN", "100", "2.00"]]
+
+
 def test_documents_agree_with_the_store():
     result = cli.invoke(app, ["publish", "--check"])
     assert result.exit_code == 0, result.output
+
+
+def test_the_cost_of_groups_is_that_of_the_store():
+    rows = store.load(name=bench_groups.ROWS.name)
+    last = [r for r in rows if r.date == rows[-1].date]
+    assert not tables.difference(bench_groups.DOCUMENT, bench_groups.table(last))
 
 
 def test_stored_rows_have_a_commit_and_known_workloads():
