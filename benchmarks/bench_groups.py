@@ -2,9 +2,9 @@
 
     python -m benchmarks.bench_groups [--repeats N] [--budget SECONDS] [--save]
 
-Prints medians of paired, interleaved runs and their ratio to one group; --save keeps them and brings
-docs/distributed.md up to date. The layers' own forward and backward are left out: W_hat goes straight
-into a sum.
+Prints medians of paired, interleaved runs and their ratio to one group; --save keeps them and
+brings docs/distributed.md up to date. The layers' own forward and backward are left out: W_hat goes
+straight into a sum.
 """
 
 from __future__ import annotations
