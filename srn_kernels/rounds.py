@@ -97,6 +97,7 @@ class Round:
             entry.owner = self.owner
         self.entries = [*self.current(), *entries]
         self.edges = _edges(self.root, self.entries)
+        self.steady.clear()  # knows of neither new layers nor new sites
 
     def keep(self, key: Any, frame: Frame) -> None:
         """Keeps a round that :func:`begin` has just made, for the next of the same key."""

@@ -360,6 +360,36 @@ def test_layers_that_went_to_another_round_are_noticed(repeats: list[bool]) -> N
     assert repeats == [True, False, True, True]
 
 
+def test_layers_that_join_are_normalised() -> None:
+    model, x = srn.apply_stable_rank_norm(Discriminator(), 0.3, include=["conv", "up"]), images()
+    train(model, x)
+    train(model, x)
+    srn.apply_stable_rank_norm(model, 0.3)
+    seen = []
+    model.head.register_forward_pre_hook(lambda m, _: seen.append(m.weight))
+    train(model, x)
+    assert not isinstance(seen[0], nn.Parameter)
+
+
+def test_a_tied_layer_that_joins_is_normalised() -> None:
+    model = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Linear(4, 4)})
+    model.forward = lambda x: model["b"](model["a"](x))
+    srn.apply_stable_rank_norm(model, 0.3, include="a")
+    x = torch.randn(2, 4)
+    train(model, x)
+    train(model, x)
+    model["b"].weight = model["a"].weight
+    # b has no u and v of its own: fuse gives it a's
+    twin = copy.deepcopy(model["a"])
+    twin.weight = model["a"].weight
+    model["b"] = twin
+    srn.fuse(model)
+    seen = []
+    model["b"].register_forward_pre_hook(lambda m, _: seen.append(m.weight))
+    train(model, x)
+    assert not isinstance(seen[0], nn.Parameter)
+
+
 def test_a_replaced_layer_is_noticed(repeats: list[bool]) -> None:
     model, x = wrapped(), images()
     train(model, x)
