@@ -77,9 +77,7 @@ class Row:
     def of(self, key: Key) -> Row:
         return replace(self, provider=key[0], rank_ratio=key[1])
 
-    def with_result(self, metric: str, result: Spread, scale: float = 1.0) -> Row:
-        p20, p50, p80 = (float(f"{scale * x:.6g}") for x in result[:3])
-        return replace(self, metric=metric, p20=p20, p50=p50, p80=p80, repeats=result.repeats)
+    with_result = store.Row.with_result
 
     def with_count(self, metric: str, n: int) -> Row:
         return self.with_result(metric, Spread(n, n, n, 1))

@@ -238,3 +238,36 @@ def check_edge_cases(backend: ModuleType, iterations: int) -> None:
         assert abs(norm - 1) < 1e-5
     at = list(cases).index("rank one target")
     assert not results[at].any()
+
+
+def check_range(backend: ModuleType, scale: float) -> None:
+    """Sums of squares far from 1 stay finite, and no layer passes through."""
+    shapes = [(40, 160), (63, 27), (16, 1100)]
+    made = Round.make([(torch.randn(s) * scale, 0) for s in shapes], backend=backend)
+    layers = check_round(made, 2, eps=0.0)
+    assert all(x.branch < PASS_THROUGH for x in layers)
+    check_round(made, 0, eps=0.0)
+
+
+def check_evaluation_with_shrunk_and_negative_vectors(backend: ModuleType) -> None:
+    """Evaluation normalises u and v that are no unit vectors, and turns sigma positive."""
+    weights = [(torch.randn(40, 96), 0), (torch.randn(20, 27), 0)]
+    made = Round.make(weights, backend=backend)
+    for u, v in zip(made.us, made.vs, strict=True):
+        u *= -0.6
+        v *= 0.3
+    check_round(made, 0)
+    assert (made.stats[:, 0] > 0).all()
+
+
+def check_a_repeated_round(backend: ModuleType) -> None:
+    """iterations = -1 gives the same bits from the round's own state, whatever u and v hold."""
+    weights = [oracle.make_weight(k, (36, 144), torch.float32) for k in oracle.LAYOUTS]
+    made = Round.make(weights, backend=backend)
+    made.normalize(1)
+    first, kept = [o.clone() for o in made.outs], made.round_state.clone()
+    for t in (*made.us, *made.vs, *made.outs):
+        t.fill_(math.nan)
+    made.normalize(-1)
+    assert all(torch.equal(a, b) for a, b in zip(first, made.outs, strict=True))
+    assert torch.equal(made.round_state.nan_to_num(), kept.nan_to_num())

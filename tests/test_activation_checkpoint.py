@@ -223,6 +223,16 @@ def test_an_evaluation_does_not_hide_that_two_forwards_wait() -> None:
         losses[0].backward()
 
 
+def test_an_evaluation_does_not_wait_for_a_backward() -> None:
+    """head still holds the evaluation's round when conv and up are computed again."""
+    model = srn.apply_stable_rank_norm(Discriminator(), 0.3)
+    with torch.no_grad():
+        model.eval()(images())
+    features = checkpoint(model.train().features, images(), use_reentrant=False)
+    features.sum().backward()
+    assert model.conv.weight.grad is not None
+
+
 @pytest.mark.parametrize("groups", [2, 3])
 def test_a_round_in_groups_is_recomputed(groups: int) -> None:
     plain = model_of("layers", None)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -13,7 +12,10 @@ import torch
 from gpu_rounds import (
     SHAPES,
     Round,
+    check_a_repeated_round,
     check_edge_cases,
+    check_evaluation_with_shrunk_and_negative_vectors,
+    check_range,
     check_round,
     device_of,
     nan_like,
@@ -24,7 +26,6 @@ from benchmarks import workloads
 from srn_kernels.backends import cuda as backend
 from srn_kernels.backends.cuda import planning
 from srn_kernels.backends.tiling.config import KB
-from srn_kernels.reference import PASS_THROUGH
 
 pytestmark = pytest.mark.skipif(
     backend.unavailable_reason() is not None, reason=f"cuda: {backend.unavailable_reason()}"
@@ -95,10 +96,7 @@ def test_rows_of_every_width(columns):
 
 @pytest.mark.parametrize("scale", [1e-11, 1e-6, 1.0, 1e12, 1e18])
 def test_range(scale):
-    made = make_round([(torch.randn(s) * scale, 0) for s in [(40, 160), (63, 27), (16, 1100)]])
-    layers = check_round(made, 2, eps=0.0)
-    assert all(x.branch < PASS_THROUGH for x in layers)
-    check_round(made, 0, eps=0.0)
+    check_range(backend, scale)
 
 
 @pytest.mark.parametrize("iterations", [0, 1, 2])
@@ -107,23 +105,11 @@ def test_edge_cases(iterations):
 
 
 def test_evaluation_with_shrunk_and_negative_vectors():
-    made = make_round([(torch.randn(40, 96), 0), (torch.randn(20, 27), 0)])
-    for u, v in zip(made.us, made.vs, strict=True):
-        u *= -0.6
-        v *= 0.3
-    check_round(made, 0)
-    assert (made.stats[:, 0] > 0).all()
+    check_evaluation_with_shrunk_and_negative_vectors(backend)
 
 
 def test_a_repeated_round_has_the_same_bits():
-    made = make_round([oracle.make_weight(k, (36, 144), torch.float32) for k in oracle.LAYOUTS])
-    made.normalize(1)
-    first, kept = [o.clone() for o in made.outs], made.round_state.clone()
-    for t in (*made.us, *made.vs, *made.outs):
-        t.fill_(math.nan)
-    made.normalize(-1)
-    assert all(torch.equal(a, b) for a, b in zip(first, made.outs, strict=True))
-    assert torch.equal(made.round_state.nan_to_num(), kept.nan_to_num())
+    check_a_repeated_round(backend)
 
 
 @pytest.mark.parametrize("dtype", oracle.DTYPES, ids=oracle.dtype_id)

@@ -14,7 +14,10 @@ import torch
 from gpu_rounds import (
     SHAPES,
     Round,
+    check_a_repeated_round,
     check_edge_cases,
+    check_evaluation_with_shrunk_and_negative_vectors,
+    check_range,
     check_round,
     device_of,
     gradient_layer,
@@ -27,7 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from benchmarks import gpu, workloads
 from srn_kernels import functional
 from srn_kernels.backends import triton as backend
-from srn_kernels.reference import PASS_THROUGH, padded
+from srn_kernels.reference import padded
 
 pytestmark = pytest.mark.skipif(
     backend.unavailable_reason() is not None, reason=f"triton: {backend.unavailable_reason()}"
@@ -133,10 +136,7 @@ def test_unaligned_pointers():
 
 @pytest.mark.parametrize("scale", [1e-11, 1e-6, 1.0, 1e12, 1e18])
 def test_range(scale):
-    made = make_round([(torch.randn(s) * scale, 0) for s in [(40, 160), (63, 27), (16, 1100)]])
-    layers = check_round(made, 2, eps=0.0)
-    assert all(x.branch < PASS_THROUGH for x in layers)
-    check_round(made, 0, eps=0.0)
+    check_range(backend, scale)
 
 
 @pytest.mark.parametrize("iterations", [0, 1, 2])
@@ -145,23 +145,11 @@ def test_edge_cases(iterations):
 
 
 def test_evaluation_with_shrunk_and_negative_vectors():
-    made = make_round([(torch.randn(40, 96), 0), (torch.randn(20, 27), 0)])
-    for u, v in zip(made.us, made.vs, strict=True):
-        u *= -0.6
-        v *= 0.3
-    check_round(made, 0)
-    assert (made.stats[:, 0] > 0).all()
+    check_evaluation_with_shrunk_and_negative_vectors(backend)
 
 
 def test_a_repeated_round_has_the_same_bits():
-    made = make_round([oracle.make_weight(k, (36, 144), torch.float32) for k in oracle.LAYOUTS])
-    made.normalize(1)
-    first, kept = [o.clone() for o in made.outs], made.round_state.clone()
-    for t in (*made.us, *made.vs, *made.outs):
-        t.fill_(math.nan)
-    made.normalize(-1)
-    assert all(torch.equal(a, b) for a, b in zip(first, made.outs, strict=True))
-    assert torch.equal(made.round_state.nan_to_num(), kept.nan_to_num())
+    check_a_repeated_round(backend)
 
 
 def test_projection_in_place_equals_the_forward():
