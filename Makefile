@@ -16,11 +16,11 @@ TEST_ARGS ?=
 GPU_CHECK_ARGS ?=
 
 # Tests of the Triton kernels in Triton's interpreter; their own file skips without it or a GPU.
-INTERPRETED := tests/test_triton_kernels.py tests/test_traffic.py tests/test_functional.py \
+INTERPRETED := tests/backends/test_triton_kernels.py tests/test_traffic.py tests/core/test_functional.py \
 	-k "triton and not any_scale and not any_layer"
 
 # Tests of the CUDA kernels, compiled for the CPU against csrc/cuda/shim.
-EMULATED := tests/test_cuda_kernels.py tests/test_cuda_plan.py tests/test_functional.py \
+EMULATED := tests/backends/test_cuda_kernels.py tests/backends/test_cuda_plan.py tests/core/test_functional.py \
 	-k "cuda and not any_scale and not any_layer"
 
 VENV := .venv
@@ -76,10 +76,10 @@ endif
 
 # The CUDA kernels on the CPU under ThreadSanitizer; Linux on x86-64, with g++.
 tsan: setup
-	$(BIN)/python tests/cuda_tsan.py
+	$(BIN)/python tests/support/cuda_tsan.py
 
 bench: setup
 	$(BIN)/python -m benchmarks run $(BENCH_ARGS)
 
 clean:
-	rm -rf build $(OUT) srn_kernels/*.so *.egg-info
+	rm -rf build $(OUT) srn_kernels/backends/*.so *.egg-info

@@ -26,7 +26,7 @@ def cuda_extension() -> Extension | None:
     # Ampere; Hopper, whose bulk copies the kernels use; Blackwell, and PTX for what comes later.
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0a;10.0+PTX")
     return CUDAExtension(
-        "srn_kernels._cuda",
+        "srn_kernels.backends._cuda",
         cuda_sources + sources("cuda/*.cpp"),
         depends=sources("*.h") + sources("cuda/*.h"),
         extra_compile_args={
@@ -37,7 +37,7 @@ def cuda_extension() -> Extension | None:
 
 
 cpu_extension = CppExtension(
-    "srn_kernels._C",
+    "srn_kernels.backends._cpu",
     sources("*.cpp") + sources("cpu/*.cpp"),
     extra_link_args=["-fopenmp"],
     depends=sources("**/*.h") + sources("**/*.inc"),

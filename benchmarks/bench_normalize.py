@@ -12,7 +12,8 @@ from torch import Tensor
 import srn_kernels as srn
 from benchmarks import workloads
 from benchmarks.workloads import Problem
-from srn_kernels import ops, reference
+from srn_kernels.core import ops
+from srn_kernels.maths.scalars import STATS
 
 pytestmark = pytest.mark.skipif(
     srn.available_backends()["cpu"] is not None, reason="the cpu backend is not live"
@@ -50,7 +51,7 @@ class Call(NamedTuple):
 def call(request: pytest.FixtureRequest) -> Iterator[Call]:
     problem = workloads.make_problem(workloads.find(request.param))
     offsets, size = ops.state_layout(problem.workload.shapes)
-    stats = torch.zeros(len(problem.weights), len(reference.STATS), dtype=torch.float64)
+    stats = torch.zeros(len(problem.weights), len(STATS), dtype=torch.float64)
     outs = [torch.zeros_like(w) for w in problem.weights]
     yield Call(problem, outs, torch.zeros(size), stats, offsets)
 

@@ -9,7 +9,7 @@ import pytest
 from torch import nn
 
 import srn_kernels as srn
-from srn_kernels import rounds
+from srn_kernels.model import root
 
 
 class Bag(nn.Module):
@@ -28,7 +28,7 @@ class Bag(nn.Module):
 def bench_a_training_forward(benchmark, layers: int, kept: bool) -> None:
     model = srn.apply_stable_rank_norm(Bag(layers), 0.7)
     model()
-    this = model.__dict__[rounds.ROUND]
+    this = model.__dict__[root.ROUND]
     assert this.steady
     benchmark.group = f"{layers} layers"
     if kept:

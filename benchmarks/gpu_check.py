@@ -33,8 +33,8 @@ ROOT = store.HERE.parent
 BUDGET = 470.0  # seconds, for all stages together
 # Tests whose tensors follow --device: every backend that serves there, and models on it.
 DEVICE_TESTS = (
-    *("tests/test_functional.py", "tests/test_autograd.py", "tests/test_ops.py"),
-    *("tests/test_rounds.py", "tests/test_layers.py"),
+    "tests/core",
+    *("tests/model/test_rounds.py", "tests/model/test_layers.py"),
 )
 
 
@@ -125,7 +125,7 @@ def rehearsal_stages(out: Path, commit: tuple[str, ...] = ()) -> list[Stage]:
             "measure", python("-m", "benchmarks.gpu", "measure", *cpu, *tiny), 120, None, interpret
         ),
         Stage("memcheck", ("compute-sanitizer", "--version"), 30, "compute-sanitizer"),
-        Stage("tests", pytest("tests/test_triton_tables.py"), 60),
+        Stage("tests", pytest("tests/backends/test_triton_tables.py"), 60),
     ]
 
 

@@ -5,11 +5,11 @@ Networks and GANs" (arXiv 1906.04659).
 """
 
 from srn_kernels import functional, linalg, reference
-from srn_kernels.autograd import StableRankNormFunction
 from srn_kernels.backends import available_backends, use_backend
 from srn_kernels.backends.cpu import empty_cache
-from srn_kernels.convert import convert_spectral_norm
-from srn_kernels.layers import (
+from srn_kernels.core.autograd import StableRankNormFunction
+from srn_kernels.model.root import shared_round
+from srn_kernels.model.wrap import (
     apply_stable_rank_norm,
     export,
     fuse,
@@ -22,11 +22,11 @@ from srn_kernels.layers import (
     spectral_norm,
     stable_rank_norm,
 )
-from srn_kernels.operator_norm import operator_norm
-from srn_kernels.parametrization import StableRankNorm
-from srn_kernels.projection import Projection, project_after_step
-from srn_kernels.report import History, Report, report
-from srn_kernels.rounds import shared_round
+from srn_kernels.tools.convert import convert_spectral_norm
+from srn_kernels.tools.operator_norm import operator_norm
+from srn_kernels.tools.parametrization import StableRankNorm
+from srn_kernels.tools.projection import Projection, project_after_step
+from srn_kernels.tools.report import History, Report, report
 
 __version__ = "0.1.0"
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from srn_kernels.turning import top_part_gradient, turning
+from srn_kernels.maths.turning import top_part_gradient, turning
 
 # The block carries some more vectors than asked for: convergence goes by the gap behind them.
 _OVERSAMPLING = 4

@@ -8,7 +8,7 @@ import torch
 
 import srn_kernels as srn
 from srn_kernels import backends
-from srn_kernels.reference import state_dtype
+from srn_kernels.maths.matrix import state_dtype
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

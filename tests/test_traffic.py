@@ -123,8 +123,8 @@ class Counted:
 
 @pytest.mark.skipif("cpu" not in backend.DEVICES, reason="counts in Triton's interpreter")
 def test_bytes_equal_those_of_the_triton_kernels(monkeypatch):
-    from srn_kernels import ops
     from srn_kernels.backends.triton import launch
+    from srn_kernels.core import ops
 
     config = LaunchConfig(
         programs=2, block=4096, tile_bytes=16 * KB, min_rows=4, column_bytes=3 * KB

@@ -8,14 +8,14 @@ DEVICES = frozenset({"cpu"})
 STATE_DTYPES = frozenset({torch.float32, torch.float64})
 
 try:
-    from srn_kernels import _C
+    from srn_kernels.backends import _cpu
 except ImportError as error:
-    _C = None
-    _REASON: str | None = f"the extension srn_kernels._C is not built ({error})"
+    _cpu = None
+    _REASON: str | None = f"the extension srn_kernels.backends._cpu is not built ({error})"
 else:
     _REASON = None
-    normalize = _C.normalize
-    normalize_backward = _C.normalize_backward
+    normalize = _cpu.normalize
+    normalize_backward = _cpu.normalize_backward
 
 
 def unavailable_reason() -> str | None:
@@ -24,14 +24,14 @@ def unavailable_reason() -> str | None:
 
 def instruction_set() -> str | None:
     """The instruction set in use: "avx512", "avx2" or "baseline"; None without the extension."""
-    return None if _C is None else _C.instruction_set()
+    return None if _cpu is None else _cpu.instruction_set()
 
 
 def take_like(weights, dtype=None):
     """New tensors like ``weights``, in memory of earlier rounds that nobody uses any more."""
-    return _C.take_like(weights) if dtype is None else _C.take_like(weights, dtype)
+    return _cpu.take_like(weights) if dtype is None else _cpu.take_like(weights, dtype)
 
 
 def empty_cache() -> int:
     """Frees the memory kept between rounds that is not in use; returns the bytes freed."""
-    return 0 if _C is None else _C.empty_recycler()
+    return 0 if _cpu is None else _cpu.empty_recycler()

@@ -7,9 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from srn_kernels import reference
+from srn_kernels.maths.matrix import round_vectors
+from srn_kernels.maths.top_one import layer_gradient, normalize_layer, repeat_layer
 
 DEVICES = None  # any
+
+
 STATE_DTYPES = frozenset({torch.float32, torch.float64})
 
 
@@ -32,12 +35,12 @@ def normalize(
 ) -> None:
     with torch.no_grad():
         for i, (weight, u, v) in enumerate(zip(weights, us, vs, strict=True)):
-            round_u, round_v = reference.round_vectors(round_state, offsets[i], weight, dims[i])
+            round_u, round_v = round_vectors(round_state, offsets[i], weight, dims[i])
             if iterations[i] < 0:
-                w_hat = reference.repeat_layer(weight, round_u, round_v, stats[i], dims[i])
+                w_hat = repeat_layer(weight, round_u, round_v, stats[i], dims[i])
                 outs[i].copy_(w_hat)
                 continue
-            layer = reference.normalize_layer(
+            layer = normalize_layer(
                 weight, u, v, target_ranks[i], iterations[i], eps[i], dims[i], outs[i].dtype
             )
             round_u.copy_(layer.u)
@@ -61,7 +64,5 @@ def normalize_backward(
 ) -> None:
     with torch.no_grad():
         for i, (grad, weight) in enumerate(zip(grads, weights, strict=True)):
-            u, v = reference.round_vectors(round_state, offsets[i], weight, dims[i])
-            grad_weights[i].copy_(
-                reference.layer_gradient(grad, weight, u, v, stats[rows[i]], dims[i])
-            )
+            u, v = round_vectors(round_state, offsets[i], weight, dims[i])
+            grad_weights[i].copy_(layer_gradient(grad, weight, u, v, stats[rows[i]], dims[i]))

@@ -27,9 +27,9 @@ def install(module: ModuleType) -> None:
 
 
 try:
-    from srn_kernels import _cuda
+    from srn_kernels.backends import _cuda
 except ImportError as error:
-    _REASON: str | None = f"the extension srn_kernels._cuda is not built ({error})"
+    _REASON: str | None = f"the extension srn_kernels.backends._cuda is not built ({error})"
 else:
     _REASON = None
     install(_cuda)

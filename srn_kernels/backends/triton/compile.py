@@ -31,7 +31,7 @@ from triton.compiler import ASTSource
 from srn_kernels.backends.triton import launch
 from srn_kernels.backends.triton.backward import backward_kernel
 from srn_kernels.backends.triton.forward import normalize_kernel
-from srn_kernels.ops import state_layout
+from srn_kernels.maths.matrix import state_layout
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 ARCHITECTURES = ("80", "90", "100")

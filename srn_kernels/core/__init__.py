@@ -1,0 +1,1 @@
+"""One fused call over lists of tensors: checks, plans, ops and the autograd node."""

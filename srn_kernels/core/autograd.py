@@ -1,0 +1,243 @@
+"""The autograd node of a round: all layers forward in one op, all gradients back in one op."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from srn_kernels.backends import cpu
+from srn_kernels.core import exact, ops
+from srn_kernels.core.plan import Plan
+from srn_kernels.core.record import RoundRecord
+from srn_kernels.maths.scalars import STATS
+
+State = tuple[Sequence[Tensor], Sequence[Tensor]]  # us and vs
+
+
+_BATCHED = (
+    "torch.vmap over the weights of a normalised model is not supported; normalise a list of the "
+    "members' weights in one stable_rank_normalize call instead"
+)
+
+
+def refuse_batched(weights: Sequence[Tensor]) -> None:
+    """Raises RuntimeError for weights that torch.vmap maps over."""
+    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is None:
+        return
+    if any(torch._C._functorch.is_batchedtensor(w) for w in weights):
+        raise RuntimeError(_BATCHED)
+
+
+def plain_eager() -> bool:
+    """Neither compiling nor under a torch.func transform."""
+    return (
+        not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is None
+    )
+
+
+def _new_like(weights: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
+    """Uninitialised tensors with the weights' sizes and strides."""
+    if (
+        not torch.compiler.is_compiling()
+        and cpu.unavailable_reason() is None
+        and type(weights[0]) in (Tensor, torch.nn.Parameter)
+        and weights[0].device.type == "cpu"
+    ):
+        # Recycled memory: on a CPU, touching fresh pages costs more than the arithmetic.
+        if all(d == w.dtype for d, w in zip(dtypes, weights, strict=True)):
+            return cpu.take_like(weights)
+        if len(set(dtypes)) == 1:
+            return cpu.take_like(weights, dtypes[0])
+    return [
+        torch.empty_strided(w.shape, w.stride(), dtype=d, device=w.device)
+        for w, d in zip(weights, dtypes, strict=True)
+    ]
+
+
+class StableRankNormFunction(torch.autograd.Function):
+    """W_hat of all layers of a round, with the gradient of constant u and v (Algorithm 2).
+
+    ``apply(plan, record, None, *weights, *us, *vs)`` returns ``(*W_hat, round_state, stats)``; the
+    last two carry no gradient. ``record`` is None or a :class:`RoundRecord` to fill. Given a
+    finished round's ``round_state`` and ``stats`` as two more arguments, the same W_hat is computed
+    again without touching the state. In eager mode, ``apply(plan, record, (us, vs), *weights)``
+    spares autograd the look at tensors that never have a gradient. Twice differentiable in eager
+    mode. Several backwards may reach one node; layers without a gradient get None.
+    """
+
+    @staticmethod
+    def forward(
+        plan: Plan, record: RoundRecord | None, state: State | None, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        n = len(plan.dims)
+        weights, others = tensors[:n], tensors[n:]
+        if state is None:
+            us, vs, finished = others[:n], others[n : 2 * n], others[2 * n :]
+        else:
+            (us, vs), finished = state, others
+        outs = _new_like(weights, plan.out_dtypes)
+        if finished:
+            round_state, stats = (t.clone() for t in finished)
+        else:
+            round_state = us[0].new_empty(plan.state_size)
+            stats = us[0].new_empty((n, len(STATS)), dtype=torch.float64)
+        normalize = ops.normalize_block if plan.preserve else ops.normalize
+        normalize(
+            weights,
+            us,
+            vs,
+            outs,
+            round_state,
+            stats,
+            plan.offsets,
+            plan.target_ranks,
+            plan.iterations,
+            plan.dims,
+            plan.eps,
+            plan.preserve or plan.backend,
+        )
+        return (*outs, round_state, stats)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        plan, record, _, *tensors = inputs
+        weights = tuple(tensors[: len(plan.dims)])
+        round_state, stats = output[-2:]
+        ctx.mark_non_differentiable(round_state, stats)
+        ctx.set_materialize_grads(False)
+        ctx.plan = plan
+        ctx.state_arguments = len(tensors) - len(weights)
+        # Saved tensors die with the first backward; a round may be reached by several (D(real) and
+        # D(fake)), so in eager mode the node itself keeps them and checks their versions.
+        ctx.kept = plain_eager()
+        if ctx.kept:
+            ctx.tensors = (*weights, round_state, stats)
+            ctx.versions = [-1 if w.is_inference() else w._version for w in weights]
+            ctx.record = record
+            if record is not None:
+                record.round_state, record.stats = round_state, stats
+        else:
+            ctx.save_for_backward(*weights, round_state, stats)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        plan = ctx.plan
+        n = len(plan.dims)
+        *weights, round_state, stats = ctx.tensors if ctx.kept else ctx.saved_tensors
+        if ctx.kept:
+            if ctx.record is not None:
+                ctx.record.backward_seen = True
+                for layer in ctx.record.layers:
+                    layer.backward_seen = True
+            for i, weight in enumerate(weights):
+                if grads[i] is not None and weight._version != ctx.versions[i]:
+                    raise RuntimeError(
+                        f"the weight of layer {plan.names[i]!r} was changed in place between its "
+                        "normalisation and this backward (an optimiser step?); run the forward "
+                        "again before the second backward"
+                    )
+        wanted = ctx.needs_input_grad[3:]  # made anew by every look at it
+        rows = [i for i in range(n) if grads[i] is not None and wanted[i]]
+        result: list[Tensor | None] = [None] * n
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            # create_graph: the same formula in differentiable operations.
+            for i in rows:
+                result[i] = exact.graphed_gradient(
+                    grads[i], weights[i], round_state, stats[i], plan, i
+                )
+        elif rows and plan.preserve:
+            chosen = [weights[i] for i in rows]
+            outs = [torch.empty_like(w) for w in chosen]
+            ops.normalize_block_backward(
+                [grads[i] for i in rows],
+                chosen,
+                round_state,
+                stats,
+                outs,
+                rows,
+                [plan.offsets[i] for i in rows],
+                [plan.target_ranks[i] for i in rows],
+                [plan.dims[i] for i in rows],
+                [plan.preserve[i] for i in rows],
+                plan.gradient,
+            )
+            for i, out in zip(rows, outs, strict=True):
+                result[i] = out
+        elif rows:
+            chosen = [weights[i] for i in rows]
+            outs = _new_like(chosen, [w.dtype for w in chosen])
+            ops.normalize_backward(
+                [_same_memory(grads[i], weights[i]) for i in rows],
+                chosen,
+                round_state,
+                stats,
+                outs,
+                rows,
+                [plan.offsets[i] for i in rows],
+                [plan.dims[i] for i in rows],
+                plan.backend,
+            )
+            if plan.gradient == "exact":
+                ops.add_turning(
+                    [grads[i] for i in rows],
+                    chosen,
+                    round_state,
+                    stats,
+                    outs,
+                    rows,
+                    [plan.offsets[i] for i in rows],
+                    [plan.dims[i] for i in rows],
+                )
+            for i, out in zip(rows, outs, strict=True):
+                result[i] = out
+        return (None, None, None, *result, *[None] * ctx.state_arguments)
+
+    @staticmethod
+    def vmap(
+        info: Any,
+        in_dims: tuple[Any, ...],
+        plan: Plan,
+        record: RoundRecord | None,
+        state: State | None,
+        *tensors: Tensor,
+    ) -> Any:
+        if any(d is not None for d in in_dims[3:]):
+            raise RuntimeError(_BATCHED)
+        outs = StableRankNormFunction.apply(plan, record, state, *tensors)
+        return outs, (None,) * len(outs)
+
+
+def run_round(
+    plan: Plan,
+    record: RoundRecord | None,
+    weights: Sequence[Tensor],
+    us: Sequence[Tensor],
+    vs: Sequence[Tensor],
+    *finished: Tensor,
+) -> tuple[Tensor, ...]:
+    """:class:`StableRankNormFunction`, or its forward alone where nothing wants a gradient.
+
+    ``finished``: nothing, or round_state and stats of the round to repeat.
+    """
+    if torch.is_grad_enabled() and any(w.requires_grad for w in weights):
+        if plain_eager():
+            # Function.apply would inspect forward's signature on every call, for 60 us.
+            return super(torch.autograd.Function, StableRankNormFunction).apply(
+                plan, record, (us, vs), *weights, *finished
+            )
+        return StableRankNormFunction.apply(plan, record, None, *weights, *us, *vs, *finished)
+    outputs = StableRankNormFunction.forward(plan, record, (us, vs), *weights, *finished)
+    if record is not None:
+        record.round_state, record.stats = outputs[-2:]
+    return outputs
+
+
+def _same_memory(grad: Tensor, weight: Tensor) -> Tensor:
+    """``grad`` with the strides of ``weight``; a copy only where they differ."""
+    if grad.stride() == weight.stride():
+        return grad
+    copy = torch.empty_strided(weight.shape, weight.stride(), dtype=grad.dtype, device=grad.device)
+    return copy.copy_(grad)

@@ -1,0 +1,1 @@
+"""The formulas of normalisation, on plain tensors: nothing here knows a module or a kernel."""

@@ -1,0 +1,1 @@
+"""What holds normalised weights in a model: wrapping, rounds, u and v that fit, checkpoints."""

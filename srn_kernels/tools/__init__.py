@@ -1,0 +1,1 @@
+"""What people do with normalised models beside training them: convert, report, project."""

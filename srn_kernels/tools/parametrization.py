@@ -1,0 +1,73 @@
+"""Stable rank normalisation as a parametrization, for users of torch.nn.utils.parametrize."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from srn_kernels import functional
+from srn_kernels.maths.matrix import state_dtype
+from srn_kernels.model.settings import Settings
+from srn_kernels.model.weight import check_weight
+
+
+class StableRankNorm(nn.Module):
+    """``register_parametrization(module, "weight", StableRankNorm(module.weight))``.
+
+    It has the semantics of torch's own spectral-norm parametrization: computed at every access,
+    one power iteration per access in training, buffers ``_u`` (rows,) and ``_v`` (columns,) drawn
+    from the global random state and iterated 15 times. With rank_ratio=1 it equals torch's to
+    rounding, step for step. A one-dimensional weight becomes W / |W|_2.
+
+    Raises ValueError or TypeError for a weight or setting that cannot be used.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        rank_ratio: float = 0.7,
+        n_power_iterations: int = 1,
+        eps: float = 1e-12,
+        dim: int = 0,
+    ) -> None:
+        super().__init__()
+        check_weight(self, weight, "weight")
+        if weight.dim() > 1 and not -weight.dim() <= dim < weight.dim():
+            raise ValueError(f"dim {dim} is no dimension of a weight of {tuple(weight.shape)}")
+        settings = Settings(rank_ratio=rank_ratio, n_power_iterations=n_power_iterations, eps=eps)
+        self.rank_ratio = rank_ratio
+        self.n_power_iterations = n_power_iterations
+        self.eps = settings.eps
+        self.dim = dim % weight.dim()
+        if weight.dim() == 1:
+            return
+        rows = weight.shape[self.dim]
+        columns = weight.numel() // rows
+        self.target_rank = settings.target_rank(rows, columns)
+        for name, size in (("_u", rows), ("_v", columns)):
+            drawn = torch.empty(size, dtype=state_dtype(weight.dtype), device=weight.device)
+            self.register_buffer(name, F.normalize(drawn.normal_(0, 1), dim=0, eps=self.eps))
+        with torch.no_grad():
+            self._normalize(weight, 15, training=True)
+
+    def _normalize(self, weight: Tensor, iterations: int, training: bool) -> Tensor:
+        (out,) = functional.stable_rank_normalize(
+            [weight],
+            [self._u],
+            [self._v],
+            [self.target_rank],
+            n_power_iterations=iterations,
+            eps=self.eps,
+            dims=[self.dim],
+            training=training,
+        )
+        return out
+
+    def forward(self, weight: Tensor) -> Tensor:
+        if weight.dim() == 1:
+            return F.normalize(weight, dim=0, eps=self.eps)
+        return self._normalize(weight, self.n_power_iterations, self.training)
+
+    def right_inverse(self, value: Tensor) -> Tensor:
+        return value

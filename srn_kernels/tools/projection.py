@@ -1,0 +1,178 @@
+"""Projection instead of reparametrisation: weights are normalised in place after each step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from srn_kernels import functional
+from srn_kernels.maths.matrix import state_dtype
+from srn_kernels.model.select import Pattern, select
+from srn_kernels.model.weight import NormalizedWeight
+
+_MEANINGLESS = {"gradient", "preserve", "sigma_max", "grad_through_sigma", "gain"}
+
+
+class Projection:
+    """What :func:`project_after_step` returns: the projected weights with their u and v."""
+
+    def __init__(
+        self, optimizer: Optimizer, entries: Sequence[NormalizedWeight], skipped: list[Any]
+    ) -> None:
+        self.skipped = skipped
+        self._entries = list(entries)
+        self._state = [e.drawn_state() for e in entries]
+        self._handle = optimizer.register_step_post_hook(self._after_step)
+        self.refresh()
+
+    @property
+    def names(self) -> list[str]:
+        """The parameters' names in the model."""
+        return [e.label for e in self._entries]
+
+    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self.project()
+
+    def _settled(self, place: int) -> tuple[Tensor, Tensor]:
+        """u and v where the weight now is."""
+        weight = self._entries[place].weight
+        dtype = state_dtype(weight.dtype)
+        pair = self._state[place]
+        if pair[0].device != weight.device or pair[0].dtype != dtype:
+            pair = self._state[place] = tuple(x.to(weight.device, dtype) for x in pair)
+        return pair
+
+    def _grouped(self) -> list[list[int]]:
+        """Layers that one call can take."""
+        groups: dict[Any, list[int]] = {}
+        for i, entry in enumerate(self._entries):
+            if not entry.weight.is_meta:
+                s = entry.settings
+                groups.setdefault((s.n_power_iterations, s.eps, s.backend), []).append(i)
+        return list(groups.values())
+
+    def _arguments(self, group: Sequence[int]) -> tuple[Any, dict[str, Any]]:
+        chosen = [self._entries[i] for i in group]
+        us, vs = zip(*[self._settled(i) for i in group], strict=True)
+        settings = chosen[0].settings
+        weights = [e.matrix_weight() for e in chosen]
+        dims = [e.settings.dim if e.weight.dim() > 1 else 0 for e in chosen]
+        return (weights, us, vs, [e.target_rank() for e in chosen]), {
+            "eps": settings.eps,
+            "dims": dims,
+            "backend": settings.backend,
+        }
+
+    @torch.no_grad()
+    def project(self) -> None:
+        """One power iteration, and W <- W_hat; what happens after every optimiser step."""
+        for group in self._grouped():
+            arguments, keywords = self._arguments(group)
+            n = self._entries[group[0]].settings.n_power_iterations
+            functional.stable_rank_project_(*arguments, n_power_iterations=n, **keywords)
+
+    @torch.no_grad()
+    def refresh(self, iterations: int | None = None) -> None:
+        """Converges u and v anew (``init_iterations`` unless given); the weights stay."""
+        for group in self._grouped():
+            arguments, keywords = self._arguments(group)
+            n = self._entries[group[0]].settings.init_iterations
+            n = n if iterations is None else iterations
+            if n > 0:
+                functional.stable_rank_normalize(*arguments, n_power_iterations=n, **keywords)
+
+    def state_dict(self) -> dict[str, dict[str, Tensor]]:
+        """{name: {"u": (rows,), "v": (columns,)}}, for checkpoints."""
+        pairs = zip(self._entries, self._state, strict=True)
+        return {e.label: {"u": u.clone(), "v": v.clone()} for e, (u, v) in pairs}
+
+    def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Takes over what :meth:`state_dict` gave; ValueError if names or shapes differ."""
+        if set(state) != set(self.names):
+            raise ValueError(f"state: names differ in {sorted(set(state) ^ set(self.names))}")
+        for entry, pair in zip(self._entries, self._state, strict=True):
+            for key, x in zip("uv", pair, strict=True):
+                if state[entry.label][key].shape != x.shape:
+                    raise ValueError(
+                        f"state[{entry.label!r}][{key!r}] has shape "
+                        f"{tuple(state[entry.label][key].shape)}, expected {tuple(x.shape)}"
+                    )
+        for entry, pair in zip(self._entries, self._state, strict=True):
+            for key, x in zip("uv", pair, strict=True):
+                x.copy_(state[entry.label][key])
+
+    def remove(self) -> None:
+        """Takes the hook off; the weights stay as they are."""
+        self._handle.remove()
+
+
+def project_after_step(
+    optimizer: Optimizer,
+    model: nn.Module,
+    rank_ratio: float = 0.7,
+    *,
+    include: Pattern = None,
+    exclude: Pattern = None,
+    layer_types: Sequence[type] | None = None,
+    overrides: Mapping[str, Mapping[str, Any]] | None = None,
+    n_power_iterations: int = 1,
+    eps: float = 1e-12,
+    dim: int | None = None,
+    stable_rank: float | None = None,
+    init_iterations: int = 15,
+    backend: str = "auto",
+) -> Projection:
+    """Normalises weights in place after every step of an optimiser (projected gradient).
+
+    The model is not wrapped: its forward and backward see ordinary parameters, no W_hat is kept,
+    and nothing is differentiated. After ``optimizer.step()`` each selected weight that the
+    optimiser holds becomes its W_hat, all in one fused call. u and v live in what is returned.
+    The weights are first changed by the first step; ``.project()`` does it at once.
+
+    Args:
+        optimizer: the weights of ``model`` that it does not hold are left alone (see ``skipped``).
+        model: not modified; the other arguments choose its layers and their constraint as in
+            :func:`srn_kernels.apply_stable_rank_norm`.
+
+    Returns:
+        A :class:`Projection`, with ``project()``, ``refresh()``, ``remove()`` and a state_dict.
+
+    Raises:
+        ValueError, TypeError: a wrong argument, no layer to project, or a layer that is wrapped by
+            srn_kernels already.
+    """
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"optimizer must be a torch Optimizer, got {type(optimizer).__name__}")
+    keywords = {
+        "rank_ratio": rank_ratio,
+        "stable_rank": stable_rank,
+        "n_power_iterations": n_power_iterations,
+        "eps": eps,
+        "init_iterations": init_iterations,
+        "backend": backend,
+    }
+    entries, skipped = select(
+        model,
+        keywords,
+        dim=dim,
+        include=include,
+        exclude=exclude,
+        layer_types=layer_types,
+        overrides=overrides,
+    )
+    for values in (overrides or {}).values():
+        if kept := set(values) & _MEANINGLESS:
+            raise ValueError(f"overrides: {sorted(kept)} have no meaning for a projection")
+    wrapped = [name for name, reason in skipped if "normalised" in reason]
+    if wrapped:
+        raise ValueError(f"model: {wrapped} are normalised by srn_kernels already")
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    chosen = [e for e in entries if id(e.weight) in held]
+    skipped += [(e.label, "not a parameter of the optimizer") for e in entries if e not in chosen]
+    if not chosen:
+        raise ValueError("optimizer: it holds none of the weights selected in model")
+    return Projection(optimizer, chosen, skipped)
