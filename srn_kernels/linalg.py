@@ -105,7 +105,7 @@ def stable_rank(W: Tensor) -> Tensor:
     return (s / safe).square().sum(-1)
 
 
-# --- singular triples ----------------------------------------------------------------------------
+# --- singular triples -----------------------------------------------------------------------------
 
 
 def _orthonormal(x: Tensor, against: Tensor | None = None) -> Tensor:
@@ -246,7 +246,7 @@ def top_singular(W: Tensor, k: int, *, iterations: int = 1000, tol: float = 1e-6
     return result
 
 
-# --- Theorem 1 and Algorithms 1 and 3 ------------------------------------------------------------
+# --- Theorem 1 and Algorithms 1 and 3 -------------------------------------------------------------
 
 
 class _TopPart(torch.autograd.Function):

@@ -119,6 +119,7 @@ class StableRankNormFunction(torch.autograd.Function):
             ctx.record = record
             if record is not None:
                 record.round_state, record.stats = round_state, stats
+                record.versions = ctx.versions
         else:
             ctx.save_for_backward(*weights, round_state, stats)
 
@@ -232,6 +233,7 @@ def run_round(
     outputs = StableRankNormFunction.forward(plan, record, (us, vs), *weights, *finished)
     if record is not None:
         record.round_state, record.stats = outputs[-2:]
+        record.versions = [-1 if w.is_inference() else w._version for w in weights]
     return outputs
 
 

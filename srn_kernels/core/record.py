@@ -24,9 +24,15 @@ class RoundRecord:
         self.backward_seen = False
         self.iterated = False  # of shards: whether u and v moved,
         self.written: list[int] = []  # and the versions of their weights
+        self.versions: list[int] = []  # of the weights
         self.earlier: list[weakref.ref[RoundRecord]] = []
+        self.root: object = None  # what was called
+        self.checkpointed = False  # whether a layer used it without gradients, within its forward,
+        self.repeated = False  # and whether a backward has asked for it again,
+        self.moved = False  # and u and v have moved then
+        self.kept: list[RoundRecord] = []  # as ``earlier``, where no graph holds them
 
     def waiting(self) -> list[RoundRecord]:
         """Earlier rounds of these layers whose graphs live and have seen no backward."""
-        alive = [ref() for ref in self.earlier]
+        alive = [*self.kept, *(ref() for ref in self.earlier)]
         return [r for r in alive if r is not None and not r.backward_seen]

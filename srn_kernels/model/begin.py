@@ -1,4 +1,4 @@
-"""The way of a round: begin makes W_hat visible for a call, end takes it away again."""
+"""The one way through a round: begin makes W_hat visible for a call, end takes it away again."""
 
 from __future__ import annotations
 
@@ -6,224 +6,259 @@ import itertools
 import sys
 import threading
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import nn
 
-from srn_kernels.core.autograd import refuse_batched
-from srn_kernels.model import recompute
-from srn_kernels.model.rounds import converge, normalize_entries, repeat_entries
-from srn_kernels.model.shadow import Activation, _lock
+from srn_kernels.core.record import RoundRecord
+from srn_kernels.model import recompute, rounds
+from srn_kernels.model.freshness import State
+from srn_kernels.model.hooks import Guard
+from srn_kernels.model.shadow import Lease, Shadow, lock
 from srn_kernels.model.weight import NormalizedWeight
 
 _TRACING = (
     "torch.jit.trace cannot record a normalised model; trace srn_kernels.export(model), a plain "
     "copy with the same output"
 )
+_OTHER_THREAD = (
+    "this model is in a training forward in another thread; training one model from several "
+    "threads is not supported (evaluation is)"
+)
 
 
-class Frame:
-    """One call that is using W_hat: what it has to give back when it ends."""
-
-    __slots__ = ("held", "pending", "root")
-
-    def __init__(self, root: object) -> None:
-        self.root = root
-        self.held: list[Activation] = []
-        self.pending: Sequence[NormalizedWeight] = ()
-
-    def close(self) -> None:
-        for activation in self.held:
-            activation.leave()
-        for entry in self.pending:
-            entry.pending = None
-
-
-class _Frames(threading.local):
+class _Leases(threading.local):
     def __init__(self) -> None:
-        self.stack: list[Frame] = []
+        self.stack: list[Lease] = []
 
 
-_frames = _Frames()
+_leases = _Leases()
 
 
-def _is_running(module: object) -> bool:
-    """Whether a call of ``module`` other than the one now starting is on this thread's stack."""
-    calls, frame = 0, sys._getframe()
-    while frame is not None and calls < 2:
-        if frame.f_code is nn.Module._call_impl.__code__ and frame.f_locals.get("self") is module:
-            calls += 1
-        frame = frame.f_back
-    return calls >= 2
-
-
-def _discard(activation: Activation) -> None:
-    """Clears what a call left behind that an interrupt tore out of its forward."""
-    _frames.stack[:] = [f for f in _frames.stack if activation not in f.held]
-    activation.users = 1
-    activation.leave()
+# --- a call that uses W_hat -----------------------------------------------------------------------
 
 
 def begin(
     root: object, module: nn.Module, entries: Sequence[NormalizedWeight], groups: int = 1
-) -> Frame:
+) -> Lease:
     """Makes W_hat of ``entries`` visible for a call of ``module``, to be undone by :func:`end`.
 
-    ``root`` stands for the round: a Round, or the module of a layer on its own. ``groups``: see
+    ``root`` stands for the round: a Group, or the module of a layer on its own. ``groups``: see
     :func:`srn_kernels.apply_stable_rank_norm`.
     """
-    frame = Frame(root)
-    _frames.stack.append(frame)
-    me = threading.get_ident()
-    with _lock:
-        found = {id(e.active): e.active for e in entries if e.active is not None}
-        for activation in found.values():
-            if activation.thread != me:
-                continue
-            if activation.root is root and not activation.shared and not _is_running(module):
-                _discard(activation)
-            elif activation.shared and (activation.lacks_graph() or activation.outdated()):
-                fill(activation)
-        others = [a for a in found.values() if a.thread != me and a.users > 0]
-        todo = [e for e in entries if e.active is None]
-        if others:
-            # A backward may recompute in a thread of its own what a shared round computed.
-            recomputing = recompute.in_backward() and all(a.shared for a in others)
-            iterate = may_iterate(todo or entries) or any(a.iterated for a in others)
-            if iterate and not recomputing:
-                raise RuntimeError(
-                    "this model is in a training forward in another thread; training one model "
-                    "from several threads is not supported (evaluation is)"
-                )
-            for activation in others:
-                if activation.lacks_graph():
-                    fill(activation)  # the same values, now with a graph
-                activation.users += 1
-                frame.held.append(activation)
-        if todo:
-            activation = Activation(root, todo, groups)
-            fill(activation)
-            frame.held.append(activation)
-        recompute.remember(entries)
-    return frame
-
-
-def begin_again(steady: Any) -> bool:
-    """:func:`begin` by way of a :class:`srn_kernels.steady.Steady`; False if it does not hold."""
-    with _lock:
-        if not steady.holds():
-            return False
-        frame = Frame(steady.root)
-        _frames.stack.append(frame)
-        frame.held.append(steady.run())
-        recompute.remember(steady.entries)
-    return True
+    lease = Lease(root, module)
+    _leases.stack.append(lease)
+    try:
+        with lock:
+            todo = [e for e in entries if e.shadow is None]
+            if len(todo) < len(entries):
+                _join(lease, module, entries)
+                todo = [e for e in entries if e.shadow is None]
+            if todo:
+                shadow = Shadow(root, todo, groups)
+                lease.held.append(shadow)
+                fill(shadow)
+    except BaseException:
+        _leases.stack.remove(lease)
+        with lock:
+            lease.close()
+        raise
+    return lease
 
 
 def end(root: object) -> None:
     """Undoes the latest :func:`begin` of ``root``; the parameters are visible again."""
-    stack = _frames.stack
+    stack = _leases.stack
     if not stack or stack[-1].root is not root:
         return  # begin itself was never reached
-    frame = stack.pop()
-    with _lock:
-        frame.close()
+    lease = stack.pop()
+    with lock:
+        lease.close()
+
+
+def called(root: object) -> nn.Module | None:
+    """What was called, if the innermost call on this thread that uses W_hat is of ``root``."""
+    stack = _leases.stack
+    return stack[-1].module if stack and stack[-1].root is root else None
+
+
+def _join(lease: Lease, module: nn.Module, entries: Sequence[NormalizedWeight]) -> None:
+    """What a call does about W_hat that others have made visible."""
+    me = threading.get_ident()
+    found = list({id(e.shadow): e.shadow for e in entries if e.shadow is not None}.values())
+    for shadow in found:
+        if shadow.thread != me:
+            continue
+        if shadow.root is lease.root and not shadow.shared and not _is_running(module):
+            _discard(shadow)
+        elif shadow.shared and (shadow.lacks_graph() or shadow.is_outdated()):
+            fill(shadow)
+    others = [s for s in found if s.thread != me and s.users > 0]
+    if not others:
+        return
+    # A backward may recompute in a thread of its own what a shared round computed.
+    recomputing = recompute.in_backward() and all(s.shared for s in others)
+    todo = [e for e in entries if e.shadow is None]
+    iterate = may_iterate(todo or entries) or any(s.iterated for s in others)
+    if iterate and not recomputing:
+        raise RuntimeError(_OTHER_THREAD)
+    for shadow in others:
+        if shadow.lacks_graph():
+            fill(shadow)  # the same values, now with a graph
+        shadow.users += 1
+        lease.held.append(shadow)
+
+
+def _is_running(module: object) -> bool:
+    """Whether a call of ``module`` other than the one now starting is on this thread's stack."""
+    calls, frame = {nn.Module._call_impl.__code__: 0, Guard.__call__.__code__: 0}, sys._getframe()
+    while frame is not None and max(calls.values()) < 2:
+        if frame.f_code in calls:
+            caller = frame.f_locals.get("self")
+            calls[frame.f_code] += module in (caller, getattr(caller, "module", None))
+        frame = frame.f_back
+    return max(calls.values()) >= 2
+
+
+def _discard(shadow: Shadow) -> None:
+    """Clears what a call left behind that an interrupt tore out of its forward."""
+    _leases.stack[:] = [x for x in _leases.stack if shadow not in x.held]
+    shadow.users = 1
+    shadow.leave()
+
+
+# --- W_hat for a context --------------------------------------------------------------------------
 
 
 def share(
     entries: Sequence[NormalizedWeight], groups: int, pending: Sequence[NormalizedWeight]
-) -> Frame:
-    """Makes W_hat of ``entries`` visible to whatever runs until :func:`unshare`.
+) -> Lease:
+    """Makes W_hat of ``entries`` visible to whatever runs until the lease is closed.
 
     ``pending``: entries that are measured, and gathered within.
     """
-    frame = Frame(object())
-    frame.pending = pending
-    with _lock:
-        todo = [e for e in entries if e.active is None]
+    lease = Lease(object())
+    lease.pending = pending
+    with lock:
+        todo = [e for e in entries if e.shadow is None]
         if todo:
-            activation = Activation(frame.root, todo, groups)
-            activation.shared = True
+            shadow = Shadow(lease.root, todo, groups)
+            shadow.shared = True
             try:
-                fill(activation)
+                fill(shadow)
             except BaseException:
-                frame.close()
+                lease.close()
                 raise
-            frame.held.append(activation)
-    return frame
+            lease.held.append(shadow)
+    return lease
 
 
-def unshare(frame: Frame) -> None:
+def unshare(lease: Lease) -> None:
     """Undoes :func:`share`."""
-    with _lock:
-        frame.close()
+    with lock:
+        lease.close()
+
+
+# --- the round itself -----------------------------------------------------------------------------
 
 
 def may_iterate(entries: Sequence[NormalizedWeight]) -> bool:
     """u and v move only where gradients are on and something of the round can train."""
     return (
-        any(e.training for e in entries)
-        and (torch.is_grad_enabled() or bool(recompute.checkpoints()))
+        torch.is_grad_enabled()
+        and any(e.training for e in entries)
         and any(e.trainable() for e in entries)
     )
 
 
-def fill(activation: Activation) -> None:
-    """Computes the round of an activation and installs its W_hat."""
-    entries = activation.entries
+def fill(shadow: Shadow) -> None:
+    """Computes the round of a shadow and installs its W_hat."""
+    entries = shadow.entries
     if torch._C._get_tracing_state() is not None:
         raise RuntimeError(_TRACING)
-    refuse_batched([e.weight for e in entries])
     if recompute.in_backward():
-        records = recompute.remembered(entries)
-        if records is not None:
-            activation.install(repeat_entries(entries, records))
+        places = recompute.own_rounds(shadow.root, entries)
+        if places is not None:
+            shadow.install(rounds.repeat(entries, places))
+            _move_late(entries, places)
             return
-    if all(e.pending is not None for e in entries):  # measured on shards, and gathered now
-        activation.install(repeat_entries(entries, [e.pending for e in entries]))
+    if entries[0].pending is not None and all(e.pending is not None for e in entries):
+        # measured on shards, and gathered now
+        shadow.install(rounds.repeat(entries, [e.pending for e in entries]))
         return
     for entry in entries:
         if len(entry.sites) > 1:
             entry.share_state()
-    iterations = prepare(entries)
+    seen = rounds.look(entries)
+    iterations = prepare(seen)
     before = recompute.records_of(entries)
-    if activation.groups == 1:
-        outs = normalize_entries(entries, iterations)
+    if shadow.groups == 1:
+        outs = rounds.normalize(seen, iterations, keep=True)
     else:
         outs = []
-        for part in _consecutive(entries, activation.groups):
-            outs += normalize_entries(entries[part], iterations[part], early=True)
-    moved(entries, iterations)
-    recompute.link_waiting(entries, before)
-    activation.iterated = activation.iterated or any(iterations)
-    activation.install(outs)
+        for places in _consecutive(entries, shadow.groups):
+            part = [iterations[i] for i in places]
+            outs += rounds.normalize(seen.part(places), part, keep=True, early=True)
+    finish(shadow.root, seen, iterations, before)
+    shadow.iterated = shadow.iterated or any(iterations)
+    shadow.install(outs)
 
 
-def prepare(entries: Sequence[NormalizedWeight]) -> list[int]:
-    """The iterations a round of ``entries`` makes, after stale u and v have converged."""
-    # A draw and looks at numbers are not for torch.func's transforms.
-    eager = torch._C._functorch.peek_interpreter_stack() is None
-    stale = [e for e in entries if (e.is_stale() if eager else e.is_written())]
-    if stale:
-        converge(stale)
-    iterate = may_iterate(entries)
-    return [e.settings.n_power_iterations if iterate and e.training else 0 for e in entries]
+def prepare(seen: rounds.Seen) -> list[int]:
+    """The iterations a round makes, after u and v that do not fit have converged."""
+    if not all(seen.fits):
+        unknown = [e for e, fits in zip(seen.entries, seen.fits, strict=True) if not fits]
+        if stale := [e for e in unknown if _must_converge(e)]:
+            rounds.converge(stale)
+    if not (torch.is_grad_enabled() and any(seen.training)) or not may_iterate(seen.entries):
+        return [0] * len(seen.entries)
+    pairs = zip(seen.layers, seen.training, strict=True)
+    return [layer.n_power_iterations if training else 0 for layer, training in pairs]
 
 
-def moved(entries: Sequence[NormalizedWeight], iterations: Sequence[int]) -> None:
-    for entry, n in zip(entries, iterations, strict=True):
-        if n > 0 or entry.parameter is None:
-            entry.mark_fresh()
-        if n > 0:
-            entry.provisional = None
+def _must_converge(entry: NormalizedWeight) -> bool:
+    state = entry.state()
+    if state is State.NEW:  # a draw and looks at numbers are not for torch.func's transforms
+        return torch._C._functorch.peek_interpreter_stack() is None
+    return state in (State.STALE, State.UNSET)
 
 
-def _consecutive(entries: Sequence[NormalizedWeight], n: int) -> list[slice]:
+def finish(
+    root: object, seen: rounds.Seen, iterations: Sequence[int], before: Sequence[RoundRecord]
+) -> None:
+    """What a round leaves in its weights: u and v that fit, and its own record."""
+    for entry, weight, n in zip(seen.entries, seen.weights, iterations, strict=True):
+        if n > 0 or entry.fit.state is State.UNSEEN:
+            entry.fit.moved(weight)
+    recompute.link_waiting(root, seen.entries, before)
+    if not torch.is_grad_enabled():  # a reentrant checkpoint's, perhaps
+        for entry in seen.entries:
+            if entry.training:
+                entry.apart = entry.record
+
+
+def _move_late(entries: Sequence[NormalizedWeight], places: Sequence[recompute.Place]) -> None:
+    """Moves u and v after the repetition of rounds that ran in training without gradients."""
+    late = [
+        e
+        for e, (record, _) in zip(entries, places, strict=True)
+        if e.apart is not None and e.apart[0] is record and not record.moved and e.training
+    ]
+    if not late or not may_iterate(late):
+        return
+    with torch.no_grad():
+        rounds.move(rounds.look(late), [e.settings.n_power_iterations for e in late])
+    for record in {id(r): r for r, _ in places}.values():
+        record.moved = True
+    for entry in late:
+        entry.become(State.FRESH)
+
+
+def _consecutive(entries: Sequence[NormalizedWeight], n: int) -> list[range]:
     """At most ``n`` runs of entries with about the same number of elements each."""
     sizes = [e.weight.numel() for e in entries]
     ends = list(itertools.accumulate(sizes))
     # entry i goes where its middle lies
     parts = [int(n * (end - size / 2) / ends[-1]) for end, size in zip(ends, sizes, strict=True)]
     starts = [i for i in range(len(parts)) if i == 0 or parts[i] != parts[i - 1]]
-    return [slice(a, b) for a, b in zip(starts, [*starts[1:], len(parts)], strict=True)]
+    return [range(a, b) for a, b in zip(starts, [*starts[1:], len(parts)], strict=True)]

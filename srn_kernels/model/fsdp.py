@@ -9,78 +9,98 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.fsdp import FSDPModule
 
-from srn_kernels.core import split
-from srn_kernels.model import recompute
-from srn_kernels.model.begin import begin, end, may_iterate, moved, prepare
+from srn_kernels.model import recompute, rounds
+from srn_kernels.model.begin import begin, end, finish, may_iterate, prepare
+from srn_kernels.model.freshness import is_split
 from srn_kernels.model.hooks import hook
-from srn_kernels.model.rounds import measure_entries
-from srn_kernels.model.weight import NormalizedWeight, is_split
+from srn_kernels.model.weight import NormalizedWeight
 
 _UNIT = "_srn_unit"  # module.__dict__[_UNIT]: its _Unit
+_FSDP1 = (
+    "layer {!r} is managed by FullyShardedDataParallel (FSDP1), which shows weights that are whole "
+    "only while it gathers them; use torch.distributed.fsdp.fully_shard"
+)
 
 
-def _measure(entries: Sequence[NormalizedWeight]) -> None:
+def _measure(group: object, entries: Sequence[NormalizedWeight]) -> None:
     """A round of shards: all but W_hat, which each FSDP2 unit makes when it has gathered."""
-    iterations = prepare(entries)
+    seen = rounds.look(entries)
+    iterations = prepare(seen)
     before = recompute.records_of(entries)
-    record = measure_entries(entries, iterations)
+    record = rounds.measure(seen, iterations)
     record.iterated = any(iterations)
     record.written = [e.written() for e in entries]
     for place, entry in enumerate(entries):
         entry.record = entry.pending = (record, place)
-    moved(entries, iterations)
-    recompute.link_waiting(entries, before)
+    finish(group, seen, iterations, before)
 
 
-def _measured(entries: Sequence[NormalizedWeight]) -> bool:
+def _is_measured(entries: Sequence[NormalizedWeight]) -> bool:
     """Whether a round around this one has measured them, and its numbers still serve."""
     if any(e.pending is None for e in entries):
         return False
     record = entries[0].pending[0]
-    moves = record.iterated or not (may_iterate(entries) and any(e.training for e in entries))
-    return moves and record.written == [e.written() for e in record.layers]
+    moves = record.iterated or not may_iterate(entries)
+    fits = {id(e.fit): e for e in entries}
+    return moves and record.written == [fits[id(x)].written() for x in record.layers]
 
 
-def look(this: Any) -> None:
-    """Finds out which modules of a Round's root FSDP1 and FSDP2 manage."""
-    this.flattened = split.flattened(this.root)
-    this.units = split.fsdp_units(this.root)
+def look(group: Any) -> None:
+    """Finds out which modules of a Group's root FSDP2 manages; RuntimeError for FSDP1."""
+    group.units = _units(group.root)
     members: dict[nn.Module, list[NormalizedWeight]] = {}
-    for entry in this.current():
-        unit = this.units.get(id(entry.sites[0][0]))
+    for entry in group.current():
+        module = entry.sites[0][0]
+        unit = group.units.get(id(module))
         if unit is not None:
             members.setdefault(unit, []).append(entry)
+        elif "_is_fsdp_managed_module" in module.__dict__ and not is_split(entry.weight):
+            group.units = None
+            raise RuntimeError(_FSDP1.format(entry.label))
     for unit, entries in members.items():
         unit.__dict__[_UNIT] = _Unit(entries)
         # after FSDP's own hook, which gathers
         hook(unit, _unit_enter, _unit_exit, outermost=False)
 
 
-def divide(
-    this: Any, entries: Sequence[NormalizedWeight]
-) -> tuple[list[NormalizedWeight], list[NormalizedWeight]]:
-    """The entries of a Round whose weights are here, and those that FSDP2 has yet to gather.
+def _units(root: nn.Module) -> dict[int, nn.Module]:
+    """The nearest FSDP2 unit at or above each module, by ``id`` of the module, below ``root``."""
+    units: dict[int, nn.Module] = {}
 
-    Those are measured, and each unit makes W_hat when it has gathered them; layers in units of
-    FSDP1, and those that keep several singular values, normalise themselves.
+    def visit(module: nn.Module, unit: nn.Module | None) -> None:
+        if isinstance(module, FSDPModule):
+            unit = module
+        if unit is not None:
+            units[id(module)] = unit
+        for child in module.children():
+            visit(child, unit)
+
+    visit(root, None)
+    return units
+
+
+def divide(
+    group: Any, entries: Sequence[NormalizedWeight]
+) -> tuple[list[NormalizedWeight], list[NormalizedWeight]]:
+    """The entries of a Group whose weights are here, and those that FSDP2 has yet to gather.
+
+    Those are measured, and each unit makes W_hat when it has gathered them; layers that keep
+    several singular values normalise themselves.
     """
-    if this.units is None:
-        look(this)
+    if group.units is None:
+        look(group)
     here, shards = [], []
     for entry in entries:
-        module = entry.sites[0][0]
-        if id(module) in this.flattened:
-            continue
-        unit = this.units.get(id(module))
-        entry.managed = entry.managed or unit is not None
+        unit = group.units.get(id(entry.sites[0][0]))
+        entry.fit.managed = entry.fit.managed or unit is not None
         if unit is not None and is_split(entry.weight) and entry.settings.preserve != 1:
             continue  # what is summed over processes does not tell several singular values
         (here if unit is None or not is_split(entry.weight) else shards).append(entry)
-    if not shards or _measured(shards):
+    if not shards or _is_measured(shards):
         return here, []
-    _measure(shards)
+    _measure(group, shards)
     return here, shards
 
 
@@ -100,30 +120,3 @@ def _unit_enter(module: nn.Module, args: Any) -> None:
 
 def _unit_exit(module: nn.Module, args: Any, output: Any) -> None:
     end(module.__dict__[_UNIT])
-
-
-def fsdp_units(root: nn.Module) -> dict[int, nn.Module]:
-    """The nearest FSDP2 unit at or above each module, by ``id`` of the module, below ``root``."""
-    units: dict[int, nn.Module] = {}
-
-    def visit(module: nn.Module, unit: nn.Module | None) -> None:
-        if isinstance(module, FSDPModule):
-            unit = module
-        if unit is not None:
-            units[id(module)] = unit
-        for child in module.children():
-            visit(child, unit)
-
-    visit(root, None)
-    return units
-
-
-def flattened(root: nn.Module) -> set[int]:
-    """``id`` of the modules whose weights a FullyShardedDataParallel (FSDP1) below ``root``
-    flattens: they are whole only while its forward runs."""
-    return {
-        id(module)
-        for wrapper in root.modules()
-        if isinstance(wrapper, FullyShardedDataParallel)
-        for module in wrapper.modules()
-    }

@@ -18,6 +18,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from srn_kernels.maths.matrix import matrix, state_dtype
+from srn_kernels.model.freshness import State
 from srn_kernels.model.rounds import converge
 from srn_kernels.model.weight import KEY, NormalizedWeight
 
@@ -101,7 +102,11 @@ def _adopt(state_dict: dict[str, Any], prefix: str, name: str, entry: Normalized
         module, buffer = entry.sites[0][0], entry.sites[0][1]
         for suffix in ("_u", "_v"):
             state_dict.setdefault(key + suffix, module._buffers[buffer + suffix])
-    entry.loading = "kept" if complete else "converge"
+    # Between this and the hook after loading: u and v belong to what comes, or to what was there.
+    if complete:
+        entry.become(State.UNSEEN)
+    elif entry.state() is not State.UNSET:
+        entry.become(State.STALE)
 
 
 def _before_loading(
@@ -119,17 +124,14 @@ def _before_loading(
 
 
 def _after_loading(module: nn.Module, incompatible_keys: Any) -> None:
-    entries = module.__dict__.get(KEY, {}).values()
     converging = []
-    for entry in entries:
-        loading, entry.loading = entry.loading, None
-        if loading is None or entry.weight.is_meta:
+    for entry in module.__dict__.get(KEY, {}).values():
+        if entry.weight.is_meta:
             continue
-        if loading == "kept":
+        if entry.state() is State.UNSEEN:
             entry.share_state()
-            entry.mark_fresh()
-            entry.provisional = None
-        else:
+            entry.become(State.FRESH)
+        elif entry.state() in (State.STALE, State.UNSET):
             converging.append(entry)
     converge(converging)
 

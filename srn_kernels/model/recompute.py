@@ -1,53 +1,35 @@
 """Forwards that run once more in a backward (activation checkpointing) see their own W_hat again.
 
-torch.utils.checkpoint(use_reentrant=True), and others of its kind, are autograd Functions that
-run the model without gradients in their forward and once more, with them, in their backward. The
-one thing that both calls have in common is the Function's context.
+With use_reentrant=False a forward runs with gradients, and so does its repetition: what is repeated
+is the round that waits for a backward. With use_reentrant=True the forward runs without gradients,
+inside an autograd Function, and only its repetition has them. A layer in such a part of a model
+sees the W_hat of the round around it, which waits for a backward. A whole model in such a part has
+made a round without gradients, in training: this one is repeated, and u and v, which it could not
+move, move then.
 """
 
 from __future__ import annotations
 
-import sys
 import weakref
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 import torch
 
 from srn_kernels.core.record import RoundRecord
+from srn_kernels.model.freshness import version_of
 from srn_kernels.model.weight import NormalizedWeight
 
-_ROUNDS = "_srn_rounds"  # ctx.__dict__[_ROUNDS]: {id(entry): its record} of a checkpoint
+Place = tuple[RoundRecord, int]  # a round, and a layer's place in it
 
 
 def in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-def checkpoints() -> list[Any]:
-    """Contexts of the Functions around this call whose backward will come, innermost first."""
-    if torch.compiler.is_compiling():
-        return []
-    found, frame = [], sys._getframe()
-    while frame is not None:
-        code = frame.f_code
-        if code.co_argcount and code.co_varnames[0] == "ctx":
-            ctx = frame.f_locals["ctx"]
-            # without gradients around the whole Function there are no edges
-            if isinstance(ctx, torch.autograd.function.FunctionCtx) and ctx.next_functions:
-                found.append(ctx)
-        frame = frame.f_back
-    return found
-
-
-def remember(entries: Sequence[NormalizedWeight]) -> None:
-    """Ties the rounds in use to the checkpoint that runs now, for its backward."""
-    if torch.is_grad_enabled() or not any(e.training for e in entries):
-        return
-    around = checkpoints()
-    if around:
-        rounds = around[0].__dict__.setdefault(_ROUNDS, {})
-        rounds.update({id(e): e.record for e in entries if e.record is not None})
+def _is_reentrant() -> bool:
+    """Whether a repetition runs without the hooks of torch's non-reentrant checkpoint."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    return hooks is None or hooks[0].__module__ != "torch.utils.checkpoint"
 
 
 def records_of(entries: Sequence[NormalizedWeight]) -> list[RoundRecord]:
@@ -55,42 +37,64 @@ def records_of(entries: Sequence[NormalizedWeight]) -> list[RoundRecord]:
     return list({id(e.record[0]): e.record[0] for e in entries if e.record is not None}.values())
 
 
-def remembered(entries: Sequence[NormalizedWeight]) -> list[tuple[RoundRecord, int]] | None:
-    """The rounds that a recomputation of ``entries`` has to repeat."""
-    for ctx in checkpoints():
-        known = ctx.__dict__.get(_ROUNDS, {})
-        if all(id(e) in known for e in entries):
-            return [known[id(e)] for e in entries]
+def link_waiting(
+    root: object, entries: Sequence[NormalizedWeight], before: Sequence[RoundRecord]
+) -> None:
+    """Links the rounds of ``entries`` just made to those before them that wait for a backward."""
+    waiting = {id(x): x for record in before for x in (record, *record.waiting())}
+    open_ = [x for x in waiting.values() if x.graphed and not x.backward_seen]
+    # The graph of a reentrant checkpoint does not hold the round whose W_hat it used.
+    kept = [x for x in open_ if x.checkpointed and not x.repeated]
+    earlier = [weakref.ref(x) for x in open_ if not x.checkpointed]
+    for record in records_of(entries):
+        record.root, record.kept, record.earlier = root, kept, earlier
+
+
+def note_use(entries: Iterable[NormalizedWeight]) -> None:
+    """Notes that layers ran without gradients in a round: in a reentrant checkpoint, perhaps."""
+    for entry in entries:
+        if entry.record is not None:
+            entry.record[0].checkpointed = True
+
+
+def own_rounds(root: object, entries: Sequence[NormalizedWeight]) -> list[Place] | None:
+    """The rounds that a repetition of ``entries``, called as ``root``, has to repeat."""
     if any(e.record is None for e in entries):
         return None
-    return [_own_round(e) for e in entries]
+    reentrant = _is_reentrant()
+    places = [_own_round(root, e, reentrant) for e in entries]
+    for entry, (record, place) in zip(entries, places, strict=True):
+        record.repeated = True
+        if not entry.fit.managed and version_of(entry.weight) != record.versions[place]:
+            raise RuntimeError(
+                f"the weight of layer {entry.label!r} was changed in place between a forward and "
+                "its repetition in a backward (activation checkpointing); run backward before the "
+                "optimiser's step"
+            )
+    return places
 
 
-def links(before: Sequence[RoundRecord]) -> list[weakref.ref[RoundRecord]]:
-    """The rounds up to ``before`` whose backward is still to come, while their graphs live."""
-    waiting = {id(x): x for record in before for x in (record, *record.waiting())}
-    return [weakref.ref(x) for x in waiting.values() if x.graphed and not x.backward_seen]
-
-
-def link_waiting(entries: Sequence[NormalizedWeight], before: Sequence[RoundRecord]) -> None:
-    """Links the last rounds of ``entries`` to those before them that wait for a backward."""
-    earlier = links(before)
-    for record in records_of(entries):
-        record.earlier = earlier
-
-
-def _own_round(entry: NormalizedWeight) -> tuple[RoundRecord, int]:
-    """The round of the forward that a backward computes again: the one that waits for it."""
+def _own_round(root: object, entry: NormalizedWeight, reentrant: bool) -> Place:
     record, place = entry.record
-    waiting = [r for r in record.waiting() if any(x is entry for x in r.layers)]
+    waiting = [r for r in record.waiting() if any(x is entry.fit for x in r.layers)]
+    apart = entry.apart if reentrant else None
+    if apart is not None and apart[0].root is root:
+        if root is not entry.sites[0][0] or (apart[0] is record and not waiting):
+            return apart
+        if not apart[0].moved:  # the layer alone, and in a round with gradients: which is meant?
+            raise _ambiguous(entry)
     if not waiting:
         return record, place
     if record.graphed or len(waiting) > 1:
-        raise RuntimeError(
-            f"layer {entry.label!r} is computed again in a backward (activation checkpointing) "
-            "while several of its forwards wait for one; run those forwards inside "
-            "srn_kernels.shared_round(model), so that they share one W_hat"
-        )
+        raise _ambiguous(entry)
     # Since then there were forwards without gradients only.
     (record,) = waiting
-    return record, next(i for i, x in enumerate(record.layers) if x is entry)
+    return record, next(i for i, x in enumerate(record.layers) if x is entry.fit)
+
+
+def _ambiguous(entry: NormalizedWeight) -> RuntimeError:
+    return RuntimeError(
+        f"layer {entry.label!r} is computed again in a backward (activation checkpointing) while "
+        "several of its forwards wait for one; run those forwards inside "
+        "srn_kernels.shared_round(model), so that they share one W_hat"
+    )

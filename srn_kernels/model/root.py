@@ -1,4 +1,4 @@
-"""Rounds: one fused normalisation of all layers of a root, each time that the root is called.
+"""The layers that one root normalises together, and the hooks by which a forward starts a round.
 
 A layer that is called outside any round makes one of its own.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import threading
-import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -15,47 +14,25 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from srn_kernels.core.record import RoundRecord
-from srn_kernels.model import recompute
-from srn_kernels.model.begin import Frame, begin, begin_again, end, may_iterate, share, unshare
-from srn_kernels.model.hooks import hook, unhook
-from srn_kernels.model.rounds import normalize_entries
-from srn_kernels.model.shadow import shadow, unshadow
-from srn_kernels.model.steady import Steady, steady_key
-from srn_kernels.model.weight import KEY, NormalizedWeight, Owner, is_flattened, is_split
+from srn_kernels.model import compiled, hooks, recompute
+from srn_kernels.model.begin import begin, called, end, share, unshare
+from srn_kernels.model.freshness import is_split
+from srn_kernels.model.weight import KEY, NormalizedWeight, Owner
 
-ROUND = "_srn_round"  # root.__dict__[ROUND]: its Round
-
-
+GROUP = "_srn_group"  # root.__dict__[GROUP]: its Group
 READERS = "_srn_reads"  # module.__dict__[READERS]: children whose weights it reads itself
-
-
-_TRACED = "_srn_traced"  # module.__dict__[_TRACED]: what a traced call of it has to undo
-
 
 _REPLICA = (
     "nn.DataParallel is not supported: its replicas would run on raw weights; use "
     "DistributedDataParallel"
 )
+_FSDP1 = (
+    "FullyShardedDataParallel (FSDP1) is not supported: it shows weights that are whole only while "
+    "it gathers them; use torch.distributed.fsdp.fully_shard"
+)
 
 
-def _enter_traced(entries: Sequence[NormalizedWeight]) -> list[NormalizedWeight]:
-    # dynamo guards this attribute, but not what a module's __dict__ holds
-    todo = [e for e in entries if not e.shadowed]
-    if not todo:
-        return todo
-    iterate = may_iterate(todo)
-    iterations = [e.settings.n_power_iterations if iterate and e.training else 0 for e in todo]
-    outs = normalize_entries(todo, iterations, record=False)
-    for entry, out in zip(todo, outs, strict=True):
-        entry.parameter = None  # an eager look takes the weight as it then is
-        entry.provisional = None
-        entry.born = None
-        shadow(entry, out)
-    return todo
-
-
-class Round:
+class Group:
     """The layers that one root normalises together."""
 
     def __init__(self, root: nn.Module) -> None:
@@ -66,60 +43,60 @@ class Round:
         self.skipped: list[tuple[str, str]] = []
         self.groups = 1  # consecutive parts, each with a node of its own
         self.units: dict[int, nn.Module] | None = None  # FSDP2's, by id of the module
-        self.flattened: set[int] = set()  # id of modules whose weights FSDP1 gathers
         self.traced: list[NormalizedWeight] = []
-        self.steady: dict[Any, Steady] = {}
-        self.last: weakref.ref[RoundRecord] | None = None  # the last that ``steady`` knows of
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "steady": {}, "last": None}
 
     def current(self) -> list[NormalizedWeight]:
-        """The entries that still belong to this round (fuse may have taken some over)."""
-        if any(e.owner is not self.owner for e in self.entries):
+        """The entries that still belong to this group (fuse may have taken some over)."""
+        if self.owner.lost:
+            self.owner.lost = False
             self.entries = [e for e in self.entries if e.owner is self.owner]
         return self.entries
 
     def add(self, entries: Sequence[NormalizedWeight]) -> None:
         for entry in entries:
+            release(entry)
             entry.owner = self.owner
+            for module, _ in entry.sites:
+                hook_layer(module)
         self.entries = [*self.current(), *entries]
         self.edges = _edges(self.root, self.entries)
-        self.steady.clear()  # knows of neither new layers nor new sites
-
-    def keep(self, key: Any, frame: Frame) -> None:
-        """Keeps a round that :func:`begin` has just made, for the next of the same key."""
-        made = [a for a in frame.held if a.root is self and len(a.entries) == len(self.entries)]
-        steady = Steady.of(self, self.entries, self.edges) if made and self.groups == 1 else None
-        if steady is not None:
-            self.steady[key] = steady
-            self.last = weakref.ref(self.entries[0].record[0])
 
     def is_distributed(self) -> bool:
-        """Whether processes hold weights of this round together, now or at an earlier forward."""
+        """Whether processes hold weights of this group together, now or at an earlier forward."""
         if not (dist.is_available() and dist.is_initialized()):
             return False
+        if self.units is None and any(
+            "_is_fsdp_managed_module" in e.sites[0][0].__dict__ for e in self.current()
+        ):
+            fsdp().look(self)
         return self.units is not None or any(is_split(e.weight) for e in self.current())
 
     def check_structure(self) -> None:
-        """Raises if a layer of the round is no longer part of the model."""
+        """Raises if a layer of the group is no longer part of the model."""
         for place, (parent, key, child) in enumerate(self.edges):
             present = parent._modules.get(key)
-            if present is not child:
-                if present is not None and any(m is child for m in present.modules()):
-                    self.edges[place] = parent, key, present  # wrapped in another module
-                    self.units = None
-                    if type(present).__name__ == "FullyShardedDataParallel":
-                        _units().look(self)
-                    continue
+            if present is child:
+                continue
+            if present is None or all(m is not child for m in present.modules()):
                 raise RuntimeError(
                     f"submodule {key!r} of {type(parent).__name__} was replaced after wrapping; "
                     "call srn_kernels.apply_stable_rank_norm(model) to normalise the new one, or "
                     "srn_kernels.fuse(model) to leave it as it is"
                 )
+            if type(present).__name__ == "FullyShardedDataParallel":
+                raise RuntimeError(_FSDP1)
+            self.edges[place] = parent, key, present  # wrapped in another module
+            self.units = None
 
 
-def _units() -> Any:
+def release(entry: NormalizedWeight) -> None:
+    """Takes a weight out of the group that it belongs to."""
+    if entry.owner is not None:
+        entry.owner.lost = True
+        entry.owner = None
+
+
+def fsdp() -> Any:
     from srn_kernels.model import fsdp  # torch.distributed only where it is in use
 
     return fsdp
@@ -148,45 +125,43 @@ def _edges(
     return list(edges.values())
 
 
+# --- hooks of a root ------------------------------------------------------------------------------
+# Plain functions, so that models copy and pickle.
+
+
 def _root_enter(root: nn.Module, args: Any) -> None:
     if "_is_replica" in root.__dict__:
         raise RuntimeError(_REPLICA)
-    this: Round = root.__dict__[ROUND]
+    group: Group = root.__dict__[GROUP]
     if not torch.compiler.is_compiling():
-        _begin_round(this)
-    elif any(is_split(e.weight) for e in this.entries):
-        _begin_untraced(this)
+        if not hooks.is_guarded(root, _root_before):
+            _begin_round(group, root)
+    elif any(is_split(e.weight) for e in group.entries):
+        _begin_untraced(group, root)
     else:
-        this.traced = _enter_traced(this.entries)
+        group.traced = compiled.enter(group.entries)
 
 
 def _root_exit(root: nn.Module, args: Any, output: Any) -> None:
-    this: Round = root.__dict__[ROUND]
+    group: Group = root.__dict__[GROUP]
     if not torch.compiler.is_compiling():
-        end(this)
-    elif any(is_split(e.weight) for e in this.entries):
-        _end_untraced(this)
+        end(group)
+    elif any(is_split(e.weight) for e in group.entries):
+        _end_untraced(group)
     else:
-        for entry in this.traced:
-            unshadow(entry)
-        this.traced = []
+        compiled.leave(group.traced)
+        group.traced = []
 
 
-def _begin_round(this: Round) -> None:
-    key = steady_key(this.root, this.entries)
-    steady = this.steady.get(key)
-    if steady is not None:
-        if begin_again(steady):
-            return
-        this.steady.clear()
-    this.check_structure()
-    if not this.is_distributed():
-        frame = begin(this, this.root, this.current(), this.groups)
-        this.keep(key, frame)
+def _begin_round(group: Group, root: nn.Module) -> None:
+    """``root``: what was called, the group's root or a shallow copy of it."""
+    group.check_structure()
+    if not group.is_distributed():
+        begin(group, root, group.current(), group.groups)
         return
-    here, pending = _units().divide(this, this.current())
+    here, pending = fsdp().divide(group, group.current())
     try:
-        begin(this, this.root, here, this.groups).pending = pending
+        begin(group, root, here, group.groups).pending = pending
     except BaseException:
         for entry in pending:
             entry.pending = None
@@ -194,12 +169,42 @@ def _begin_round(this: Round) -> None:
 
 
 _UNTRACED = "a round over DTensor weights runs eagerly"
-
-
 _begin_untraced = torch.compiler.disable(_begin_round, reason=_UNTRACED)
-
-
 _end_untraced = torch.compiler.disable(end, reason=_UNTRACED)
+
+
+def _root_before(root: nn.Module) -> tuple[nn.Module, bool]:
+    """Begins the round of a root's forward."""
+    group: Group | None = root.__dict__.get(GROUP)
+    running = root if group is None else called(group)
+    if running is not None:
+        return running, False
+    _check_hooks(root, _root_enter, f"model {type(root).__name__}")
+    _begin_round(group, root)
+    return root, True
+
+
+def _root_after(root: nn.Module) -> None:
+    if GROUP in root.__dict__:
+        end(root.__dict__[GROUP])
+
+
+def group_of(root: nn.Module) -> Group:
+    """The root's group, made if there is none yet."""
+    if GROUP not in root.__dict__:
+        root.__dict__[GROUP] = Group(root)
+    hooks.hook(root, _root_enter, _root_exit, outermost=True)
+    hooks.guard(root, _root_before, _root_after)
+    return root.__dict__[GROUP]
+
+
+def drop_group(root: nn.Module) -> None:
+    hooks.unhook(root, _root_enter, _root_exit)
+    hooks.unguard(root, _root_before)
+    root.__dict__.pop(GROUP, None)
+
+
+# --- hooks of a layer -----------------------------------------------------------------------------
 
 
 def _own_entries(module: nn.Module) -> list[NormalizedWeight]:
@@ -210,45 +215,58 @@ def _own_entries(module: nn.Module) -> list[NormalizedWeight]:
     return entries
 
 
-def _shallow(entry: NormalizedWeight) -> str:
-    return (
-        f"a shallow copy (copy.copy) of normalised layer {entry.label!r} was called, which would "
-        "run on raw weights; use copy.deepcopy"
+def _shallow(what: str) -> RuntimeError:
+    return RuntimeError(
+        f"a shallow copy (copy.copy) of normalised {what} was called, which would run on raw "
+        "weights; use copy.deepcopy"
     )
+
+
+def _is_served(module: nn.Module) -> bool:
+    """Whether a call of a layer finds the W_hat of a round around it."""
+    for entry in module.__dict__.get(KEY, {}).values():
+        shadow = entry.shadow
+        if shadow is None or shadow.root is module or shadow.shared:
+            return False
+        if shadow.thread != threading.get_ident():
+            return False
+    return READERS not in module.__dict__
 
 
 def _layer_enter(module: nn.Module, args: Any) -> None:
     if torch.compiler.is_compiling():
-        traced = _enter_traced(_own_entries(module))
-        if traced:  # inside a round nothing is written, which a traced checkpoint would refuse
-            module.__dict__[_TRACED] = traced
+        compiled.enter_layer(module, _own_entries(module))
         return
     for entry in module.__dict__.get(KEY, {}).values():
         if entry.sites[0][0] is not module and all(m is not module for m, _ in entry.sites):
-            raise RuntimeError(_REPLICA if hasattr(module, "_is_replica") else _shallow(entry))
-        active = entry.active
-        if active is None or active.root is module or active.shared:
-            break
-        if active.thread != threading.get_ident():
-            break
-    else:
-        if READERS not in module.__dict__:  # inside a round, the usual case
-            if module.training and not torch.is_grad_enabled():
-                recompute.remember(_own_entries(module))
-            return
-    entries = _own_entries(module)
+            if hasattr(module, "_is_replica"):
+                raise RuntimeError(_REPLICA)
+            raise _shallow(f"layer {entry.label!r}")
+    if _is_served(module):  # the usual case
+        if module.training and not torch.is_grad_enabled():
+            recompute.note_use(_own_entries(module))
+        return
     if getattr(module, "_is_replica", False):
         raise RuntimeError(_REPLICA)
-    begin(module, module, entries)
+    if not hooks.is_guarded(module, _layer_before):
+        begin(module, module, _own_entries(module))
 
 
 def _layer_exit(module: nn.Module, args: Any, output: Any) -> None:
-    if _TRACED in module.__dict__:
-        for entry in module.__dict__.pop(_TRACED):
-            unshadow(entry)
+    if compiled.leave_layer(module):
         return
     if not torch.compiler.is_compiling():
         end(module)
+
+
+def _layer_before(module: nn.Module) -> tuple[nn.Module, bool]:
+    """Begins the round of a layer's own forward, outside any other."""
+    entries = _own_entries(module)
+    if all(e.shadow is not None for e in entries):
+        return module, False
+    _check_hooks(module, _layer_enter, f"layer {entries[0].label!r}")
+    begin(module, module, entries)
+    return module, True
 
 
 def _refuse_script() -> None:
@@ -260,26 +278,27 @@ def _refuse_script() -> None:
 
 def hook_layer(module: nn.Module) -> None:
     """A wrapped module called outside a round normalises itself."""
-    hook(module, _layer_enter, _layer_exit, outermost=False)
+    hooks.hook(module, _layer_enter, _layer_exit, outermost=False)
+    hooks.guard(module, _layer_before, end)
     module.__dict__["__prepare_scriptable__"] = _refuse_script  # where torch.jit.script asks first
 
 
 def unhook_layer(module: nn.Module) -> None:
-    unhook(module, _layer_enter, _layer_exit)
+    hooks.unhook(module, _layer_enter, _layer_exit)
+    hooks.unguard(module, _layer_before)
     module.__dict__.pop("__prepare_scriptable__", None)
 
 
-def round_of(root: nn.Module) -> Round:
-    """The root's round, made if there is none yet."""
-    if ROUND not in root.__dict__:
-        root.__dict__[ROUND] = Round(root)
-        hook(root, _root_enter, _root_exit, outermost=True)
-    return root.__dict__[ROUND]
+def _check_hooks(module: nn.Module, ours: Any, what: str) -> None:
+    if ours not in module._forward_pre_hooks.values():
+        raise RuntimeError(
+            f"the forward hooks that normalise {what} were taken off; put them back with "
+            "srn_kernels.fuse(model), or end normalisation with "
+            "srn_kernels.remove_stable_rank_norm(model)"
+        )
 
 
-def drop_round(root: nn.Module) -> None:
-    unhook(root, _root_enter, _root_exit)
-    root.__dict__.pop(ROUND, None)
+# --- models ---------------------------------------------------------------------------------------
 
 
 def entries_of(model: nn.Module) -> list[NormalizedWeight]:
@@ -304,18 +323,12 @@ def shared_round(model: nn.Module) -> Iterator[None]:
     entries = entries_of(model)
     if not entries:
         raise ValueError("model: shared_round found no normalised layer in it")
-    flat = [e for e in entries if is_flattened(e)]
-    if flat:
-        raise NotImplementedError(
-            f"FullyShardedDataParallel frees {flat[0].label!r} between forwards, so that no round "
-            "can be shared; use fully_shard"
-        )
-    this = model.__dict__.get(ROUND)
-    todo, pending = [e for e in entries if e.active is None], []
+    group = model.__dict__.get(GROUP)
+    todo, pending = [e for e in entries if e.shadow is None], []
     if any(is_split(e.weight) for e in todo):
-        todo, pending = _units().divide(this or Round(model), todo)
-    frame = share(todo, 1 if this is None else this.groups, pending)
+        todo, pending = fsdp().divide(group or Group(model), todo)
+    lease = share(todo, 1 if group is None else group.groups, pending)
     try:
         yield
     finally:
-        unshare(frame)
+        unshare(lease)

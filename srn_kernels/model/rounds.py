@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,42 +17,119 @@ from srn_kernels.core.record import RoundRecord
 from srn_kernels.maths.bound import bounded
 from srn_kernels.maths.matrix import round_vectors, state_dtype
 from srn_kernels.maths.top_k import block_size, state_vectors
-from srn_kernels.model.weight import LayerConstants, NormalizedWeight, is_split, version_of
+from srn_kernels.model.freshness import State, is_split
+from srn_kernels.model.weight import NormalizedWeight, hidden
 
 _FIRST = 2**63 - 1  # a sequence number behind that of every ordinary node
-
-
 _AUTOCAST_TYPES = (nn.Linear, nn.modules.conv._ConvNd, nn.MultiheadAttention)
 
 
-def _constants(entry: NormalizedWeight, weight: Tensor) -> LayerConstants:
-    known = entry.constants
-    if known is None or known.settings is not entry.settings or known.shape != weight.shape:
-        known = entry.constants = LayerConstants(entry, weight)
-    return known
+class Kind(NamedTuple):
+    """What all layers of one op call have in common."""
+
+    device: torch.device
+    split: bool  # whether processes hold the weights together
+    state_dtype: torch.dtype
+    backend: str
+    gradient: str
+    block: bool
 
 
-def _build_plan(
-    layers: tuple[LayerConstants, ...],
-    iterations: tuple[int, ...],
-    out_dtypes: tuple[torch.dtype, ...],
-    backend: str,
-) -> Plan:
-    return make_plan(
-        tuple((c.rows, c.columns) for c in layers),
-        tuple(c.target_rank for c in layers),
-        iterations,
-        tuple(c.dim for c in layers),
-        tuple(c.settings.eps for c in layers),
-        out_dtypes,
-        tuple(c.label for c in layers),
-        backend,
-        layers[0].settings.gradient,
-        () if layers[0].settings.preserve == 1 else tuple(c.settings.preserve for c in layers),
-    )
+class Layer:
+    """What a round needs of one layer beside its tensors; compared by identity, so made once."""
+
+    def __init__(self, entry: NormalizedWeight, weight: Tensor) -> None:
+        settings = entry.settings
+        self.settings, self.label = settings, entry.label
+        self.shape, self.dtype, self.device = weight.shape, weight.dtype, weight.device
+        vector = weight.dim() == 1
+        self.dim = 0 if vector else settings.dim
+        self.rows = 1 if vector else weight.shape[settings.dim]
+        self.columns = weight.numel() // self.rows
+        self.target_rank = settings.target_rank(self.rows, self.columns)
+        block = settings.preserve != 1
+        self.kind = Kind(
+            weight.device,
+            is_split(weight),
+            state_dtype(weight.dtype),
+            "reference" if block else settings.backend,
+            settings.gradient,
+            block,
+        )
+        self.tied = len(entry.sites) > 1
+        self.n_power_iterations = settings.n_power_iterations
+        self.scales = settings.scales
+        self.plain = not (vector or self.scales)  # W_hat is what the op returns
+        self.autocasts = weight.dtype != torch.float64 and isinstance(
+            entry.sites[0][0], _AUTOCAST_TYPES
+        )
+
+    @property
+    def pairs(self) -> int:
+        """How many u and v the layer keeps."""
+        return block_size(self.settings.preserve, self.rows, self.columns)
 
 
-_cached_plan = functools.lru_cache(maxsize=256)(_build_plan)
+class Seen(NamedTuple):
+    """What one look at the layers of a round has found, layer by layer."""
+
+    entries: Sequence[NormalizedWeight]
+    layers: Sequence[Layer]
+    weights: Sequence[Tensor]
+    us: Sequence[Tensor]
+    vs: Sequence[Tensor]
+    training: Sequence[bool]
+    fits: Sequence[bool]  # whether u and v are known to serve the weight
+
+    def part(self, places: Sequence[int]) -> Seen:
+        return Seen(*([column[i] for i in places] for column in self))
+
+
+def look(entries: Sequence[NormalizedWeight]) -> Seen:
+    """The weights of a round with their u and v; RuntimeError names a layer whose weight is hidden
+    or no longer fits its u and v."""
+    compiling = torch.compiler.is_compiling()
+    layers, weights, us, vs, training, fits = [], [], [], [], [], []
+    for entry in entries:
+        module, name = entry.sites[0]
+        attributes, layer = module.__dict__, entry.layer
+        weight, buffers = attributes["_parameters"].get(name), attributes["_buffers"]
+        if weight is None:
+            raise hidden(module, name, entry.label)
+        if (
+            layer is None
+            or layer.settings is not entry.settings
+            or weight.dtype is not layer.dtype
+            or weight.shape != layer.shape
+            or weight.device != layer.device
+            or (type(weight) is not nn.Parameter and is_split(weight)) is not layer.kind.split
+        ):
+            layer = Layer(entry, weight)
+            if not compiling:
+                _check_vectors(entry, layer)
+                entry.layer = layer
+        u, v = buffers[entry.u_name], buffers[entry.v_name]
+        if type(u) is not Tensor:  # tensor parallelism replicates buffers
+            u, v = entry.u, entry.v
+        layers.append(layer)
+        weights.append(weight)
+        us.append(u)
+        vs.append(v)
+        training.append(attributes["training"] or (layer.tied and entry.training))
+        fits.append(entry.fit.fits(weight))
+    return Seen(entries, layers, weights, us, vs, training, fits)
+
+
+def _check_vectors(entry: NormalizedWeight, layer: Layer) -> None:
+    """Raises for a weight that was given another shape or dtype behind our back (``.data``)."""
+    for x, size in ((entry.u, layer.rows), (entry.v, layer.columns)):
+        if x.numel() != size * layer.pairs or x.dtype != layer.kind.state_dtype:
+            raise RuntimeError(
+                f"layer {layer.label!r}: its weight is now {layer.dtype} of shape "
+                f"{tuple(layer.shape)}, but its u and v are {x.dtype} for another; change the "
+                "dtype with module.to(dtype), and take normalisation off "
+                "(remove_stable_rank_norm) before changing the shape"
+            )
 
 
 def autocast_dtype(device: str) -> torch.dtype | None:
@@ -62,126 +139,131 @@ def autocast_dtype(device: str) -> torch.dtype | None:
     return torch.get_autocast_dtype(device)
 
 
-def _out_dtypes(
-    entries: Sequence[NormalizedWeight], weights: Sequence[Tensor], device: str
-) -> tuple[torch.dtype, ...]:
-    """The weights' dtypes, or autocast's where the layer would cast its weight anyway."""
-    autocast = autocast_dtype(device)
-    if autocast is None:
-        return tuple(w.dtype for w in weights)
-    return tuple(
-        autocast
-        if w.dtype != torch.float64 and isinstance(e.sites[0][0], _AUTOCAST_TYPES)
-        else w.dtype
-        for e, w in zip(entries, weights, strict=True)
+# --- plans: all that is kept from one round to the next -------------------------------------------
+
+
+def _parts(layers: tuple[Layer, ...]) -> list[tuple[Kind, list[int]]]:
+    """The layers of each op call."""
+    parts: dict[Kind, list[int]] = {}
+    for i, layer in enumerate(layers):
+        parts.setdefault(layer.kind, []).append(i)
+    return list(parts.items())
+
+
+def _plan(
+    layers: tuple[Layer, ...],
+    iterations: tuple[int, ...],
+    autocast: torch.dtype | None,
+    backend: str,
+    out_dtypes: tuple[torch.dtype, ...] | None = None,
+) -> Plan:
+    """The constants of one op call. W_hat has the weights' dtypes, or autocast's where the layer
+    would cast its weight anyway, unless ``out_dtypes`` says."""
+    if out_dtypes is None:
+        out_dtypes = tuple(
+            x.dtype if autocast is None or not x.autocasts else autocast for x in layers
+        )
+    return make_plan(
+        tuple((x.rows, x.columns) for x in layers),
+        tuple(x.target_rank for x in layers),
+        iterations,
+        tuple(x.dim for x in layers),
+        tuple(x.settings.eps for x in layers),
+        out_dtypes,
+        tuple(x.label for x in layers),
+        backend,
+        layers[0].settings.gradient,
+        tuple(x.settings.preserve for x in layers) if layers[0].kind.block else (),
     )
 
 
+_cached_parts = functools.lru_cache(maxsize=256)(_parts)
+_cached_plan = functools.lru_cache(maxsize=256)(_plan)
+
+
+def _plan_of(
+    kind: Kind, layers: Sequence[Layer], iterations: Sequence[int], out_dtypes: Any = None
+) -> Plan:
+    return (_plan if torch.compiler.is_compiling() else _cached_plan)(
+        tuple(layers),
+        tuple(iterations),
+        autocast_dtype(kind.device.type),
+        backends.resolve(kind.backend, kind.device.type, kind.state_dtype),
+        out_dtypes,
+    )
+
+
+# --- one round ------------------------------------------------------------------------------------
+
+
+def _matrices(weights: Sequence[Tensor]) -> list[Tensor]:
+    """The weights as the ops take them: dense, and a vector as a matrix of one row."""
+    return [w if w.is_contiguous() and w.dim() > 1 else _matrix(w) for w in weights]
+
+
 def _matrix(weight: Tensor) -> Tensor:
-    """The weight as the ops take it: dense, and a vector as a matrix of one row."""
     if weight.dim() == 1:
         weight = weight.unsqueeze(0)
     return weight if is_dense(weight) else weight.contiguous()
 
 
-def _kind(entry: NormalizedWeight, weight: Tensor) -> tuple[Any, ...]:
-    """What all weights of one op call have in common: device, whether processes hold them together,
-    state dtype, backend, kind of gradient and kind of state."""
-    settings = entry.settings
-    block = settings.preserve != 1
-    backend = "reference" if block else settings.backend
-    split = type(weight) is not nn.Parameter and is_split(weight)
-    return weight.device, split, weight.dtype == torch.float64, backend, settings.gradient, block
-
-
-def _runner(split: bool) -> Callable[..., tuple[Tensor, ...]]:
-    if not split:
+def _runner(kind: Kind, seen: Seen) -> Callable[..., tuple[Tensor, ...]]:
+    """What runs a round of these layers: one op, or ops with a sum over processes in between."""
+    if not kind.split:
         return run_round
-    from srn_kernels.core.split import run_split
+    from srn_kernels.core import split  # torch.distributed only where it is in use
 
-    return run_split
-
-
-def _check_split(entries: Sequence[NormalizedWeight]) -> None:
-    from srn_kernels.core import split
-
-    for entry in entries:
-        split.check(entry.weight, entry.settings, entry.label)
+    for layer, weight in zip(seen.layers, seen.weights, strict=True):
+        split.check(weight, layer.settings, layer.label)
+    return split.run_split
 
 
-def measure_entries(entries: Sequence[NormalizedWeight], iterations: Sequence[int]) -> RoundRecord:
-    """A round of DTensor weights without its W_hat: u, v move, and what W_hat needs is kept."""
-    from srn_kernels.core import split
+def normalize(
+    seen: Seen, iterations: Sequence[int], *, keep: bool = False, early: bool = False
+) -> Sequence[Tensor]:
+    """W_hat of each layer, differentiable.
 
-    weights = [_matrix(e.weight.detach()) for e in entries]
-    plan = _cached_plan(
-        tuple([_constants(e, e.weight) for e in entries]), tuple(iterations), (), "reference"
-    )
-    blocks = [
-        split.block_of(w, d, name)
-        for w, d, name in zip(weights, plan.dims, plan.names, strict=True)
-    ]
-    record = RoundRecord(plan, entries)
-    record.round_state, record.stats = split.measure(
-        plan,
-        [w.to_local() for w in weights],
-        blocks,
-        [e.u for e in entries],
-        [e.v for e in entries],
-    )
-    return record
-
-
-def normalize_entries(
-    entries: Sequence[NormalizedWeight],
-    iterations: Sequence[int],
-    record: bool = True,
-    state: Sequence[tuple[Tensor, Tensor]] | None = None,
-    early: bool = False,
-    only_state: bool = False,
-) -> list[Tensor]:
-    """W_hat of each entry, differentiable, all layers in as few op calls as their devices allow.
-
-    ``state`` replaces the entries' own u, v; ``record`` keeps what a recomputation needs;
-    ``early`` lets backward run this part's node as soon as its gradients are complete;
-    ``only_state``: for what happens to u and v.
+    ``keep``: what a recomputation needs is kept in the entries; ``early`` lets backward run this
+    part's node as soon as its gradients are complete.
     """
-    compiling = torch.compiler.is_compiling()
-    constants, plan_for = (LayerConstants, _build_plan) if compiling else (_constants, _cached_plan)
-    weights = [e.weight for e in entries]
-    refuse_batched(weights)
-    groups: dict[Any, list[int]] = {}
-    for i, weight in enumerate(weights):
-        groups.setdefault(_kind(entries[i], weight), []).append(i)
-    outs: list[Any] = [None] * len(entries)
-    for (device, split, _, backend, *_), group in groups.items():
-        chosen = [entries[i] for i in group]
-        raw = [weights[i] for i in group]
-        layers = tuple([constants(e, w) for e, w in zip(chosen, raw, strict=True)])
-        plan = plan_for(
-            layers,
-            tuple([iterations[i] for i in group]),
-            _out_dtypes(chosen, raw, device.type),
-            backends.resolve(backend, device.type, state_dtype(raw[0].dtype)),
-        )
-        if state is None:
-            us, vs = [e.u for e in chosen], [e.v for e in chosen]
-        else:
-            us, vs = zip(*[state[i] for i in group], strict=True)
-        kept = RoundRecord(plan, chosen) if record else None
-        if split and not only_state:
-            _check_split(chosen)
-        results = _runner(split)(plan, kept, [_matrix(w) for w in raw], us, vs)
-        if early and not split and results[0].grad_fn is not None:
-            # The engine takes the latest node that is ready; rounds are made before all layers.
-            results[0].grad_fn._set_sequence_nr(_FIRST)
-        for place, i in enumerate(group):
-            out = results[place]
-            if layers[place].scales and not only_state:
-                out = _bounded(entries[i], out, plan, place, *results[-2:])
-            outs[i] = out.squeeze(0) if raw[place].dim() == 1 else out
-            if kept is not None:
-                entries[i].record = (kept, place)
+    refuse_batched(seen.weights)
+    parts = (_parts if torch.compiler.is_compiling() else _cached_parts)(tuple(seen.layers))
+    if len(parts) == 1:
+        return _run(parts[0][0], seen, iterations, keep, early)
+    outs: list[Any] = [None] * len(seen.entries)
+    for kind, places in parts:
+        part = _run(kind, seen.part(places), [iterations[i] for i in places], keep, early)
+        for i, out in zip(places, part, strict=True):
+            outs[i] = out
+    return outs
+
+
+def _run(
+    kind: Kind, seen: Seen, iterations: Sequence[int], keep: bool, early: bool
+) -> Sequence[Tensor]:
+    """:func:`normalize` of the layers of one op call."""
+    plan = _plan_of(kind, seen.layers, iterations)
+    record = RoundRecord(plan, [e.fit for e in seen.entries]) if keep else None
+    results = _runner(kind, seen)(plan, record, _matrices(seen.weights), seen.us, seen.vs)
+    if record is not None:
+        for place, entry in enumerate(seen.entries):
+            entry.record = (record, place)
+    if early and not kind.split and results[0].grad_fn is not None:
+        # The engine takes the latest node that is ready; rounds are made before all layers.
+        results[0].grad_fn._set_sequence_nr(_FIRST)
+    return _finish(seen, plan, results)
+
+
+def _finish(seen: Seen, plan: Plan, results: Sequence[Tensor]) -> Sequence[Tensor]:
+    """W_hat as the layers see it, from what the op returned: soft bound and gain, and vectors."""
+    *outs, round_state, stats = results
+    for place, layer in enumerate(seen.layers):
+        if layer.plain:
+            continue
+        out = outs[place]
+        if layer.scales:
+            out = _bounded(seen.entries[place], out, plan, place, round_state, stats)
+        outs[place] = out.squeeze(0) if len(layer.shape) == 1 else out
     return outs
 
 
@@ -210,7 +292,20 @@ def _bounded(
     )
 
 
-def repeat_entries(
+def measure(seen: Seen, iterations: Sequence[int]) -> RoundRecord:
+    """A round of DTensor weights without its W_hat: u, v move, and what W_hat needs is kept."""
+    from srn_kernels.core import split
+
+    weights = _matrices([w.detach() for w in seen.weights])
+    plan = _cached_plan(tuple(seen.layers), tuple(iterations), None, "reference", ())
+    blocks = [split.block_of(w, x.dim, x.label) for w, x in zip(weights, seen.layers, strict=True)]
+    record = RoundRecord(plan, [e.fit for e in seen.entries])
+    local = [w.to_local() for w in weights]
+    record.round_state, record.stats = split.measure(plan, local, blocks, seen.us, seen.vs)
+    return record
+
+
+def repeat(
     entries: Sequence[NormalizedWeight], records: Sequence[tuple[RoundRecord, int]]
 ) -> list[Tensor]:
     """W_hat of the given rounds once more, bit for bit, on nodes of their own.
@@ -218,79 +313,90 @@ def repeat_entries(
     ``records[i]``: the round of ``entries[i]`` and its place in it.
     """
     outs: list[Any] = [None] * len(entries)
-    groups: dict[int, list[int]] = {}
+    whole = look(entries)
+    parts: dict[Any, list[int]] = {}
     for i, (record, _) in enumerate(records):
-        groups.setdefault(id(record), []).append(i)
-    for group in groups.values():
-        group.sort(key=lambda i: records[i][1])
-        parts: dict[Any, list[int]] = {}
-        for i in group:
-            parts.setdefault(_kind(entries[i], entries[i].weight), []).append(i)
-        for part in parts.values():
-            for i, out in zip(part, _repeat(entries, records, part), strict=True):
-                outs[i] = out
-    return outs
-
-
-def _repeat(
-    entries: Sequence[NormalizedWeight],
-    records: Sequence[tuple[RoundRecord, int]],
-    part: Sequence[int],
-) -> list[Tensor]:
-    chosen, places = [entries[i] for i in part], [records[i][1] for i in part]
-    record = records[part[0]][0]
-    weights = [e.weight for e in chosen]
-    device, split, _, backend, *_ = _kind(chosen[0], weights[0])
-    dtypes = record.plan.out_dtypes
-    plan = _cached_plan(
-        tuple([_constants(e, w) for e, w in zip(chosen, weights, strict=True)]),
-        (-1,) * len(part),
-        tuple([dtypes[p] for p in places]) if dtypes else _out_dtypes(chosen, weights, device.type),
-        backends.resolve(backend, device.type, state_dtype(weights[0].dtype)),
-    )
-    round_state, stats = record.round_state, record.stats
-    if len(part) < len(record.plan.dims):
-        bounds = [*record.plan.offsets, record.plan.state_size]
-        round_state = torch.cat([round_state[bounds[p] : bounds[p + 1]] for p in places])
-        stats = stats[places]
-    # Its backward counts as one of the original round.
-    kept = RoundRecord(plan, [*chosen, record])
-    us, vs = [e.u for e in chosen], [e.v for e in chosen]
-    matrices = [_matrix(w) for w in weights]
-    results = _runner(split)(plan, kept, matrices, us, vs, round_state, stats)
-    outs = []
-    for place, (entry, out) in enumerate(zip(chosen, results, strict=False)):
-        if entry.settings.scales:
-            out = _bounded(entry, out, plan, place, *results[-2:])
-        outs.append(out.squeeze(0) if entry.weight.dim() == 1 else out)
+        parts.setdefault((id(record), whole.layers[i].kind), []).append(i)
+    for (_, kind), part in parts.items():
+        part.sort(key=lambda i: records[i][1])
+        seen = whole.part(part)
+        record, places = records[part[0]][0], [records[i][1] for i in part]
+        dtypes = record.plan.out_dtypes  # none where shards were measured
+        wanted = tuple([dtypes[p] for p in places]) if dtypes else None
+        plan = _plan_of(kind, seen.layers, (-1,) * len(part), wanted)
+        round_state, stats = record.round_state, record.stats
+        if len(part) < len(record.plan.dims):
+            bounds = [*record.plan.offsets, record.plan.state_size]
+            round_state = torch.cat([round_state[bounds[p] : bounds[p + 1]] for p in places])
+            stats = stats[places]
+        # Its backward counts as one of the original round.
+        kept = RoundRecord(plan, [*(e.fit for e in seen.entries), record])
+        vectors = (seen.us, seen.vs, round_state, stats)
+        results = _runner(kind, seen)(plan, kept, _matrices(seen.weights), *vectors)
+        for i, out in zip(part, _finish(seen, plan, results), strict=True):
+            outs[i] = out
     return outs
 
 
 def converge(
     entries: Sequence[NormalizedWeight], iterations: int | None = None, provisional: bool = False
 ) -> None:
-    """Runs the power iteration until u, v fit the weights (``init_iterations`` unless given)."""
+    """Runs the power iteration until u, v fit the weights (``init_iterations`` unless given).
+
+    ``provisional``: for layers just wrapped, whose first round does it again.
+    """
     entries = [e for e in entries if not e.weight.is_meta]
     with torch.no_grad():
         redrawn = []
         for entry in entries:
-            pair, drawn = (entry.u, entry.v), entry.drawn_state()
-            if entry.is_untouched() and not entry.unset:
+            pair, drawn, state = (entry.u, entry.v), entry.drawn_state(), entry.state()
+            if state is State.NEW:
                 redrawn.append((pair, [x.clone() for x in pair], drawn))
-            elif not entry.unset and all(x.isfinite().all() and x.any() for x in pair):
+            elif state is not State.UNSET and all(x.isfinite().all() and x.any() for x in pair):
                 continue
             for x, start in zip(pair, drawn, strict=True):
                 x.copy_(start)
         steps = [e.settings.init_iterations if iterations is None else iterations for e in entries]
         busy = [i for i, n in enumerate(steps) if n > 0]
-        chosen, counts = [entries[i] for i in busy], [steps[i] for i in busy]
-        normalize_entries(chosen, counts, record=False, only_state=True)
+        if busy:
+            move(look([entries[i] for i in busy]), [steps[i] for i in busy])
         for pair, before, drawn in redrawn:
             # a zero or non-finite weight has moved nothing
             if all(torch.equal(x, start) for x, start in zip(pair, drawn, strict=True)):
                 for x, old in zip(pair, before, strict=True):
                     x.copy_(old)
         for entry in entries:
-            entry.mark_fresh()
-            versions = (version_of(entry.u), version_of(entry.v))
-            entry.provisional = versions if provisional else None
+            entry.become(State.NEW if provisional else State.FRESH)
+
+
+def move(seen: Seen, iterations: Sequence[int]) -> None:
+    """What a round does to u and v, without its W_hat's soft bound and gain."""
+    refuse_batched(seen.weights)
+    for kind, places in _cached_parts(tuple(seen.layers)):
+        part = seen.part(places)
+        plan = _plan_of(kind, part.layers, [iterations[i] for i in places])
+        _runner(kind, part)(plan, None, _matrices(part.weights), part.us, part.vs)
+
+
+# --- looking, without changing anything -----------------------------------------------------------
+
+
+def settled(entry: NormalizedWeight) -> tuple[Tensor, Tensor]:
+    """u and v as the next forward would use them: the entry's own, or a converged copy."""
+    state = entry.state()
+    if state in (State.FRESH, State.UNSEEN) or entry.weight.is_meta:
+        return entry.u, entry.v
+    drawn = state is not State.STALE or not (entry.u.isfinite().all() and entry.v.isfinite().all())
+    pair = entry.drawn_state() if drawn else (entry.u.clone(), entry.v.clone())
+    if entry.settings.init_iterations:
+        with torch.no_grad():
+            own = look([entry])._replace(us=pair[:1], vs=pair[1:])
+            move(own, [entry.settings.init_iterations])
+    return pair
+
+
+def current_weights(entries: Sequence[NormalizedWeight]) -> list[Tensor]:
+    """W_hat now, as an evaluation would use it; differentiable; no state changes."""
+    seen = look(entries)
+    us, vs = zip(*[settled(e) for e in entries], strict=True)
+    return normalize(seen._replace(us=us, vs=vs), [0] * len(entries))

@@ -1,6 +1,6 @@
-"""Where W_hat lives while a model runs: it shadows the raw parameter in its module's ``__dict__``.
+"""W_hat in front of the parameter while a model runs, and the calls that use it.
 
-Attribute look-up finds it there before the parameter, which stays what and where it is.
+Attribute look-up finds a module's ``__dict__`` before its parameters, which stay what they are.
 """
 
 from __future__ import annotations
@@ -13,11 +13,36 @@ from torch import Tensor, nn
 
 from srn_kernels.model.weight import NormalizedWeight
 
-_lock = threading.RLock()
+lock = threading.RLock()
 
 
-class Activation:
-    """W_hat of some entries, installed in their modules until the last user leaves."""
+def put(entry: NormalizedWeight, out: Tensor) -> None:
+    """Shows W_hat at every site of a weight."""
+    entry.shadowed = True
+    for module, name in entry.sites:
+        module.__dict__[name] = out
+        if isinstance(module, nn.RNNBase):
+            _flatten(module)
+
+
+def take(entry: NormalizedWeight) -> Tensor | None:
+    """Shows the parameter again; returns what stood in front of it."""
+    entry.shadowed, seen = False, None
+    for module, name in entry.sites:
+        seen = module.__dict__.pop(name, None)
+        if isinstance(module, nn.RNNBase):
+            _flatten(module)
+    return seen
+
+
+def _flatten(module: nn.RNNBase) -> None:
+    """Recurrent layers read a list, not the attribute."""
+    flat = [getattr(module, n, None) for n in module._flat_weights_names]
+    module.__dict__["_flat_weights"] = flat
+
+
+class Shadow:
+    """W_hat of some weights, in front of their parameters until the last user leaves."""
 
     def __init__(self, root: object, entries: Sequence[NormalizedWeight], groups: int = 1) -> None:
         self.root = root
@@ -27,15 +52,15 @@ class Activation:
         self.iterated = False
         self.shared = False
         self.groups = groups  # consecutive parts, each with a node of its own
-        self.outs: list[Tensor] = []
+        self.outs: Sequence[Tensor] = ()
         self.versions: list[int] = []
 
     def install(self, outs: Sequence[Tensor]) -> None:
-        self.outs = list(outs)
+        self.outs = outs
         self.versions = [e.written() for e in self.entries] if self.shared else []
         for entry, out in zip(self.entries, outs, strict=True):
-            entry.active = self
-            shadow(entry, out)
+            entry.shadow = self
+            put(entry, out)
 
     def lacks_graph(self) -> bool:
         """Whether gradients are wanted now that this W_hat cannot deliver."""
@@ -44,38 +69,42 @@ class Activation:
             for e, out in zip(self.entries, self.outs, strict=True)
         )
 
-    def outdated(self) -> bool:
+    def is_outdated(self) -> bool:
+        """Whether a weight was written since."""
         return any(e.written() != v for e, v in zip(self.entries, self.versions, strict=True))
 
-    def leave(self) -> None:
+    def leave(self) -> list[NormalizedWeight]:
+        """One user less; the last takes W_hat away. Returns the weights where it was gone."""
         self.users -= 1
         if self.users > 0:
-            return
-        for entry in self.entries:
-            if entry.active is self:
-                entry.active = None
-                unshadow(entry)
+            return []
+        gone = []
+        for entry, out in zip(self.entries, self.outs, strict=False):
+            if entry.shadow is self:
+                entry.shadow = None
+                if take(entry) is not out:
+                    gone.append(entry)
+        return gone
 
 
-def shadow(entry: NormalizedWeight, out: Tensor) -> None:
-    entry.shadowed = True
-    module, name = entry.sites[0]
-    if name not in module._parameters and entry.covered is None:  # FSDP1
-        entry.covered = module.__dict__[name]
-    for module, name in entry.sites:
-        module.__dict__[name] = out
-        if isinstance(module, nn.RNNBase):  # recurrent layers read a list, not the attribute
-            flat = [getattr(module, n) for n in module._flat_weights_names]
-            module.__dict__["_flat_weights"] = flat
+class Lease:
+    """One call that is using W_hat: what it has to give back when it ends."""
 
+    __slots__ = ("held", "module", "pending", "root")
 
-def unshadow(entry: NormalizedWeight) -> None:
-    entry.shadowed = False
-    for module, name in entry.sites:
-        module.__dict__.pop(name, None)
-        if entry.covered is not None:
-            module.__dict__[name] = entry.covered
-        if isinstance(module, nn.RNNBase):
-            flat = [getattr(module, n, None) for n in module._flat_weights_names]
-            module.__dict__["_flat_weights"] = flat
-    entry.covered = None
+    def __init__(self, root: object, module: nn.Module | None = None) -> None:
+        self.root, self.module = root, module  # whose round, and what was called
+        self.held: list[Shadow] = []
+        self.pending: Sequence[NormalizedWeight] = ()
+
+    def close(self) -> None:
+        """Raises RuntimeError, after everything was given back, if something had replaced W_hat."""
+        gone = [entry for shadow in self.held for entry in shadow.leave()]
+        self.held = []
+        for entry in self.pending:
+            entry.pending = None
+        if gone:
+            raise RuntimeError(
+                f"the weight of layer {gone[0].label!r} was set during a forward, which went on "
+                "without its normalisation; set weights between forwards"
+            )

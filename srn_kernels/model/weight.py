@@ -1,74 +1,37 @@
-"""What a wrapped layer carries: its settings, its u and v, and whether they fit the weight."""
+"""What a wrapped layer carries: one Parameter, its settings, and its u and v."""
 
 from __future__ import annotations
 
 import copy
-import pickle
 import zlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
-from srn_kernels.core.arguments import (
-    FLOATING,
-)
+from srn_kernels.core.arguments import FLOATING
 from srn_kernels.core.record import RoundRecord
 from srn_kernels.maths.matrix import state_dtype
 from srn_kernels.maths.top_k import block_size
+from srn_kernels.model.freshness import Freshness, State, is_split, version_of
 from srn_kernels.model.settings import Settings
+
+if TYPE_CHECKING:
+    from srn_kernels.model.rounds import Layer
 
 KEY = "_srn"  # module.__dict__[KEY]: {parameter name: NormalizedWeight}
 
 
 class Owner:
-    """Identity of the round that a wrapped parameter belongs to."""
+    """Identity of the group that a wrapped parameter belongs to."""
 
-
-def is_split(weight: Tensor) -> bool:
-    """Whether a tensor is a DTensor: FSDP2's shards, tensor parallelism."""
-    kind = type(weight)
-    return kind is not nn.Parameter and kind is not Tensor and kind.__name__ == "DTensor"
-
-
-def version_of(weight: Tensor) -> int:
-    """A number that changes with every write in place that autograd sees."""
-    if weight.is_inference():
-        return -1
-    # foreach and fused optimisers write the local part alone
-    return weight._version + (weight._local_tensor._version if is_split(weight) else 0)
-
-
-def is_flattened(entry: NormalizedWeight) -> bool:
-    """Whether FSDP1 owns the weight, which is whole only while its unit's forward runs."""
-    module, name = entry.sites[0]
-    weight = module._parameters.get(name)
-    return weight is None or getattr(weight, "_fsdp_flattened", False)
-
-
-# Versions that tensors start with when they are copied or unpickled.
-_COPIED = copy.deepcopy(nn.Parameter(torch.zeros(1)))._version
-
-
-_COPIED_BUFFER = copy.deepcopy(torch.zeros(1))._version
-
-
-_UNPICKLED = pickle.loads(pickle.dumps(nn.Parameter(torch.zeros(1))))._version
+    def __init__(self) -> None:
+        self.lost = False  # whether another group has taken one of its weights
 
 
 # what a copy of an entry starts without
-_PASSING = (
-    "parameter",
-    "version",
-    "born",
-    "backward_seen",
-    "active",
-    "shadowed",
-    "covered",
-    "pending",
-    "record",
-    "constants",
-)
+_PASSING = ("shadow", "shadowed", "pending", "record", "apart", "layer", "fit")
 
 
 class NormalizedWeight:
@@ -80,56 +43,53 @@ class NormalizedWeight:
         self.sites: list[tuple[nn.Module, str]] = [(module, name)]
         self.u_name, self.v_name = name + "_u", name + "_v"  # buffers of the first site
         self.owner: Owner | None = None
-        self.stale = True  # u and v do not belong to the present weight
-        self.unset = True  # u and v hold no numbers yet
-        # Versions of u and v as wrapping left them. Untouched, they are formed anew at the first
-        # forward, from the draw again: a weight may have been initialised through .data, or made
-        # equal over ranks, in between, and the same weight gives the same bits.
-        self.provisional: tuple[int, int] | None = None
-        self.managed = False  # FSDP2 swaps shards and gathered weights
-        self.loading: str | None = None  # between the two hooks of load_state_dict
-        self._forget()
+        self.fit = Freshness()
+        self._start()
 
-    def _forget(self) -> None:
-        self.parameter: Tensor | None = None  # as of the last look at the weight
-        self.version = -1
-        self.born: int | None = None  # a copy not looked at yet: the version it started with
-        self.backward_seen = False  # since u and v last moved
-        self.active: Any = None  # the Activation whose W_hat shadows the parameter now
-        self.shadowed = False  # whether any does, also in a traced round
-        self.covered: Tensor | None = None  # the raw weight, where FSDP1 keeps it as an attribute
+    def _start(self) -> None:
+        self.shadow: Any = None  # the Shadow whose W_hat is in front of the parameter now
+        self.shadowed = False  # whether any is, also in a traced round
         self.pending: tuple[RoundRecord, int] | None = None  # measured, but W_hat is not made yet
         self.record: tuple[RoundRecord, int] | None = None  # the last round, and our place in it
-        self.constants: LayerConstants | None = None
+        self.apart: tuple[RoundRecord, int] | None = None  # the last without gradients in training
+        self.layer: Layer | None = None  # what rounds know of it beside its tensors
+
+    # A copy keeps the state of u and v: the Parameter and the vectors are copied along with it, so
+    # that a later replacement of the copy's own is seen.
 
     def __getstate__(self) -> dict[str, Any]:
-        state = self.__dict__.copy()
-        state["stale"] = self.is_written()
-        state["provisional"] = (_COPIED_BUFFER,) * 2 if self.is_untouched() else None
-        for key in _PASSING:
-            del state[key]
+        if self.shadowed:
+            raise RuntimeError(
+                f"layer {self.label!r} shows W_hat in place of its Parameter, inside a forward or "
+                "shared_round; copy the model outside"
+            )
+        state = {k: v for k, v in self.__dict__.items() if k not in _PASSING}
+        state["fit"] = (self.fit.now(self.weight, self.u, self.v), self.fit.managed)
+        state["tensors"] = (self.weight, self.u, self.v)
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        state = dict(state)
+        (now, managed), tensors = state.pop("fit"), state.pop("tensors")
         self.__dict__.update(state)
-        self._forget()
-        self.born, self.provisional = _UNPICKLED, None
+        self._start()
+        self.fit = Freshness()
+        self.fit.managed = managed
+        self.fit.become(now, *tensors)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> NormalizedWeight:
         twin = memo[id(self)] = object.__new__(type(self))
-        state = copy.deepcopy(self.__getstate__(), memo)
-        twin.__setstate__(state)
-        twin.born, twin.provisional = _COPIED, state["provisional"]
+        twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
         return twin
 
     @property
     def weight(self) -> Tensor:
-        """The raw parameter."""
+        """The raw Parameter; RuntimeError where something else has taken its place."""
         module, name = self.sites[0]
-        try:
-            return module._parameters[name]
-        except KeyError:  # FSDP1 sets plain tensors as attributes
-            return module.__dict__[name] if self.covered is None else self.covered
+        weight = module._parameters.get(name)
+        if weight is None:
+            raise hidden(module, name, self.label)
+        return weight
 
     @property
     def u(self) -> Tensor:
@@ -187,55 +147,18 @@ class NormalizedWeight:
     def target_rank(self) -> float:
         return self.settings.target_rank(*self.matrix_shape())
 
-    def is_untouched(self) -> bool:
-        """Whether u and v are still what wrapping made them."""
-        known = self.provisional
-        return known is not None and known == (version_of(self.u), version_of(self.v))
+    def state(self) -> State:
+        """Whether u and v fit the weight as it is now."""
+        return self.fit.now(self.weight, self.u, self.v)
 
-    def is_stale(self) -> bool:
-        """Whether u and v have to converge before they serve this weight."""
-        return self.is_written() or (self.provisional is not None and self.is_untouched())
-
-    def is_written(self) -> bool:
-        """Whether the weight was replaced, or written with no backward since u, v last moved."""
-        if self.stale:
-            return True
-        weight, known = self.weight, self.parameter
-        if known is None:  # u and v came with the copy
-            return self.born is not None and version_of(weight) > self.born
-        if weight is not known:
-            # torch.func.functional_call and FSDP1 put plain tensors in the place of Parameters
-            if not isinstance(weight, nn.Parameter):
-                return False
-            if not (self.managed or is_split(weight) != is_split(known)):
-                return True
-            weight = known  # the same values were only distributed, if they were not written before
-        plain = type(weight) is nn.Parameter and not weight.is_inference()
-        if (weight._version if plain else version_of(weight)) == self.version:
-            return False
-        # A change after a backward of this weight's round is an optimiser step.
-        return not self.backward_seen
-
-    def mark_fresh(self) -> None:
-        """u and v belong to the weight as it is now."""
-        self.stale = self.unset = self.backward_seen = False
-        self.born = None
-        weight = self.weight
-        if not isinstance(weight, nn.Parameter):
-            if self.sites[0][1] not in self.sites[0][0]._parameters:  # FSDP1: let it free its own
-                self.parameter = None
-            return
-        if self.managed and not is_split(weight):  # gathered: the shards are what is written
-            known = self.parameter
-            weight = known if known is not None and is_split(known) else None
-        self.parameter = weight
-        self.version = -1 if weight is None else version_of(weight)
+    def become(self, state: State) -> None:
+        """Takes note that u and v are in this state, of the weight as it is now."""
+        self.fit.become(state, self.weight, self.u, self.v)
 
     def written(self) -> int:
-        """The version of what optimisers write, also while FSDP2 shows a gathered weight."""
-        known = self.parameter
-        weight = known if self.managed and known is not None else self.weight
-        return version_of(weight) + (version_of(self.gain) if self.settings.gain else 0)
+        """The version of what optimisers write."""
+        version = self.fit.written(self.weight)
+        return version + (version_of(self.gain) if self.settings.gain else 0)
 
     def set_state(self, u: Tensor, v: Tensor) -> None:
         """Registers u and v as the buffers of every site; tied sites share them."""
@@ -270,19 +193,25 @@ class NormalizedWeight:
         return tuple((x / x.norm()).to(dtype).to(weight.device) for x in drawn)
 
 
-class LayerConstants:
-    """What a round needs of one layer beside its tensors; compared by identity, so made once."""
-
-    __slots__ = ("columns", "dim", "label", "rows", "scales", "settings", "shape", "target_rank")
-
-    def __init__(self, entry: NormalizedWeight, weight: Tensor) -> None:
-        self.shape = weight.shape
-        self.settings = entry.settings
-        self.scales = entry.settings.scales
-        self.label = entry.label
-        self.dim = entry.settings.dim if weight.dim() > 1 else 0
-        self.rows, self.columns = entry.matrix_shape()
-        self.target_rank = entry.settings.target_rank(self.rows, self.columns)
+def hidden(module: nn.Module, name: str, label: str) -> RuntimeError:
+    """The error for a Parameter that something else has put aside."""
+    if parametrize.is_parametrized(module, name):
+        cause = (
+            "a parametrization was registered over it; remove it, and parametrize before wrapping"
+        )
+    elif name + "_orig" in module._parameters:
+        cause = (
+            f"another hook keeps it as {name}_orig (torch.nn.utils.prune, spectral_norm); take "
+            "that off, and prune before wrapping"
+        )
+    elif name in module._parameters:
+        cause = "it is None; set a Parameter, or remove_stable_rank_norm first"
+    else:
+        cause = "it was deleted; set a Parameter, or remove_stable_rank_norm first"
+    return RuntimeError(
+        f"layer {label!r} cannot be normalised: {type(module).__name__}.{name} is no longer its "
+        f"Parameter: {cause}"
+    )
 
 
 def check_weight(module: nn.Module, weight: Tensor | None, label: str) -> None:
@@ -297,8 +226,8 @@ def check_weight(module: nn.Module, weight: Tensor | None, label: str) -> None:
         raise ValueError(f"{label} must have at least one dimension")
     if getattr(weight, "_fsdp_flattened", False):
         raise ValueError(
-            f"{label} is flattened by FullyShardedDataParallel; normalise the model before "
-            "wrapping it, or use fully_shard"
+            f"{label} is flattened by FullyShardedDataParallel (FSDP1), which is not supported; "
+            "use fully_shard"
         )
     if getattr(module, "sparse", False) and isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
         raise ValueError(
@@ -322,23 +251,17 @@ class KeepState:
         entries = module.__dict__[KEY]
         before = {}
         for name, entry in entries.items():
-            pair = module._buffers[name + "_u"], module._buffers[name + "_v"]
-            before[name] = (*pair, entry.is_written(), entry.is_untouched())
+            before[name] = module._buffers[name + "_u"], module._buffers[name + "_v"], entry.state()
         type(module)._apply(module, fn, recurse)
         for name, entry in entries.items():
-            dtype = state_dtype(module._parameters[name].dtype)
-            *old_pair, stale, untouched = before[name]
+            dtype = state_dtype(entry.weight.dtype)
+            *old_pair, state = before[name]
             for suffix, old in zip(("_u", "_v"), old_pair, strict=True):
                 new = module._buffers[name + suffix]
                 if old.is_meta and not new.is_meta:
-                    entry.unset = stale = True  # to_empty: memory without numbers
+                    state = State.UNSET  # to_empty: memory without numbers
                 if new.dtype != dtype:
                     moved = torch.empty_like(new, dtype=dtype) if old.is_meta else old
                     module._buffers[name + suffix] = moved.to(device=new.device, dtype=dtype)
-            if stale:
-                entry.stale = True
-            else:
-                entry.mark_fresh()
-            if untouched:
-                entry.provisional = (version_of(entry.u), version_of(entry.v))
+            entry.become(state)
         return module

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from srn_kernels.core.arguments import check_count
 from srn_kernels.model import loading, root
-from srn_kernels.model.rounds import converge, normalize_entries
+from srn_kernels.model.freshness import State
+from srn_kernels.model.rounds import converge, current_weights
 from srn_kernels.model.select import _ATTENTION_OUTPUT, Pattern, _prepare, _wrapped, select
 from srn_kernels.model.settings import check_ratio
 from srn_kernels.model.weight import KEY, KeepState, NormalizedWeight
@@ -21,7 +22,8 @@ from srn_kernels.model.weight import KEY, KeepState, NormalizedWeight
 def _attach(entry: NormalizedWeight, state: tuple[Tensor, Tensor] | None = None) -> None:
     """Gives every site of a prepared entry its buffers and hooks."""
     entry.set_state(*(state or entry.drawn_state()))
-    entry.unset = state is None
+    if state is not None:
+        entry.become(State.FRESH)
     if entry.settings.gain:
         entry.set_gain(nn.Parameter(entry.weight.detach().new_ones(1)))
     _wrapped[entry.weight] = True
@@ -232,7 +234,7 @@ def apply_stable_rank_norm(
         layer_types=layer_types,
         overrides=overrides,
     )
-    this = root.round_of(model)
+    this = root.group_of(model)
     for entry in added:
         _attach(entry)
     _hook_readers(model)
@@ -254,7 +256,7 @@ def _hook_readers(model: nn.Module) -> None:
 
 def skipped(model: nn.Module) -> list[tuple[str, str]]:
     """(name, reason) of every candidate that :func:`apply_stable_rank_norm` left out."""
-    this = model.__dict__.get(root.ROUND)
+    this = model.__dict__.get(root.GROUP)
     return [] if this is None else list(this.skipped)
 
 
@@ -274,10 +276,10 @@ def fuse(model: nn.Module, *, groups: int = 1) -> nn.Module:
         if first is not entry:
             _merge(first, entry)
     for module in model.modules():
-        old = module.__dict__.get(root.ROUND)
+        old = module.__dict__.get(root.GROUP)
         if old is not None and module is not model:
-            root.drop_round(module)
-    this = root.round_of(model)
+            root.drop_group(module)
+    this = root.group_of(model)
     this.entries = []
     this.groups = groups
     this.add(list(merged.values()))
@@ -287,36 +289,16 @@ def fuse(model: nn.Module, *, groups: int = 1) -> nn.Module:
 
 def _merge(first: NormalizedWeight, other: NormalizedWeight) -> None:
     """Makes the sites of ``other``, whose Parameter is that of ``first``, sites of ``first``."""
-    other.owner = None
+    root.release(other)
     for module, name in other.sites:
         module.__dict__[KEY][name] = first
         first.sites.append((module, name))
+    first.layer = None
     first.share_state()
     for module, name in other.sites:
         module._parameters.pop(name + "_gain", None)
     if first.settings.gain:
         first.set_gain(first.gain)
-
-
-def current_weights(entries: Sequence[NormalizedWeight]) -> list[Tensor]:
-    """W_hat now, as an evaluation would use it; differentiable; no state changes."""
-    state = []
-    for entry in entries:
-        u, v = entry.u, entry.v
-        if entry.is_stale() and not entry.weight.is_meta:
-            u, v = _converged_copy(entry)
-        state.append((u, v))
-    return normalize_entries(entries, [0] * len(entries), record=False, state=state)
-
-
-def _converged_copy(entry: NormalizedWeight) -> tuple[Tensor, Tensor]:
-    fresh = entry.unset or entry.is_untouched()
-    fresh = fresh or not (entry.u.isfinite().all() and entry.v.isfinite().all())
-    pair = entry.drawn_state() if fresh else (entry.u.clone(), entry.v.clone())
-    if entry.settings.init_iterations:
-        with torch.no_grad():
-            normalize_entries([entry], [entry.settings.init_iterations], record=False, state=[pair])
-    return pair
 
 
 def _entry(layer: nn.Module, name: str) -> NormalizedWeight:
@@ -337,7 +319,7 @@ def normalized_weight(layer: nn.Module, name: str = "weight") -> Tensor:
     Inside a round it is the round's own W_hat. ValueError if the parameter is not normalised.
     """
     entry = _entry(layer, name)
-    if entry.active is not None and name in layer.__dict__:
+    if entry.shadow is not None and name in layer.__dict__:
         return layer.__dict__[name]
     return current_weights([entry])[0]
 
@@ -376,17 +358,17 @@ def remove_stable_rank_norm(model_or_layer: nn.Module) -> nn.Module:
     """
     entries = _all_entries(model_or_layer)
     for entry in entries:
-        if entry.active is not None:
+        if entry.shadow is not None:
             raise RuntimeError("remove_stable_rank_norm cannot be called inside a forward")
     with torch.no_grad():
         for entry, out in zip(entries, current_weights(entries), strict=True):
             entry.weight.copy_(out)
-            entry.owner = None
+            root.release(entry)
             _detach(entry)
     for module in model_or_layer.modules():
-        this = module.__dict__.get(root.ROUND)
+        this = module.__dict__.get(root.GROUP)
         if this is not None and not this.current():
-            root.drop_round(module)
+            root.drop_group(module)
         if module.__dict__.pop(root.READERS, None) and KEY not in module.__dict__:
             root.unhook_layer(module)
     return model_or_layer

@@ -280,7 +280,6 @@ def convert_spectral_norm(
             u, v = weight.new_ones(1), (weight.detach().double() / norm)
         dtype = state_dtype(weight.dtype)
         wrap._attach(entry, (u.detach().to(dtype).clone(), v.detach().to(dtype).clone()))
-        entry.mark_fresh()
     for parent in list(model.modules()):
         for key, child in parent._modules.items():
             if any(item.hook is child for item in wrappers):

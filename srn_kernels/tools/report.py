@@ -14,8 +14,9 @@ from srn_kernels.maths.matrix import matrix
 from srn_kernels.maths.scalars import STABLE_RANK
 from srn_kernels.maths.top_one import normalize_layer
 from srn_kernels.model import root
+from srn_kernels.model.rounds import current_weights, settled
 from srn_kernels.model.weight import NormalizedWeight, is_split
-from srn_kernels.model.wrap import _converged_copy, current_weights, skipped
+from srn_kernels.model.wrap import skipped
 from srn_kernels.tools.operator_norm import LAYERS, input_shapes, operator_norm
 
 
@@ -97,7 +98,7 @@ def _row(entry: NormalizedWeight, note: str) -> LayerReport:
             note or "on the meta device",
         )
     with torch.no_grad():
-        u, v = _converged_copy(entry) if entry.is_stale() else (entry.u, entry.v)
+        u, v = settled(entry)
         weight = entry.matrix_weight()
         if is_split(weight):  # only for looking at; all processes have to ask for the report
             weight = weight.full_tensor()
@@ -158,7 +159,7 @@ def report(model: nn.Module, input_shape: Sequence[int] | None = None) -> Report
     Raises ValueError if nothing is normalised, or if the model does not run on ``input_shape``.
     """
     present = root.entries_of(model)
-    this = model.__dict__.get(root.ROUND)
+    this = model.__dict__.get(root.GROUP)
     registered = [] if this is None else this.current()
     gone = [e for e in registered if all(e is not p for p in present)]
     if not present and not gone:

@@ -90,7 +90,7 @@ def test_evaluation_is_unchanged_and_state_is_exact(form: str) -> None:
     assert set(model.state_dict()) == plain_keys | extra
     assert [type(m) for m in model.children()] == [type(m) for m in Discriminator().children()]
     assert is_raw(model)
-    assert len(model.__dict__["_srn_round"].current()) == 3
+    assert len(model.__dict__["_srn_group"].current()) == 3
 
 
 def test_training_goes_on_as_it_would_have() -> None:
