@@ -64,6 +64,14 @@ class Layer:
             entry.sites[0][0], _AUTOCAST_TYPES
         )
 
+    def describes(self, weight: Tensor) -> bool:
+        """Whether all this is still so."""
+        return (
+            weight.shape == self.shape
+            and weight.device == self.device
+            and is_split(weight) is self.kind.split
+        )
+
     @property
     def pairs(self) -> int:
         """How many u and v the layer keeps."""
@@ -87,7 +95,7 @@ class Seen(NamedTuple):
 
 def look(entries: Sequence[NormalizedWeight]) -> Seen:
     """The weights of a round with their u and v; RuntimeError names a layer whose weight is hidden
-    or no longer fits its u and v."""
+    or no longer belongs to its u and v."""
     compiling = torch.compiler.is_compiling()
     layers, weights, us, vs, training, fits = [], [], [], [], [], []
     for entry in entries:
@@ -96,13 +104,12 @@ def look(entries: Sequence[NormalizedWeight]) -> Seen:
         weight, buffers = attributes["_parameters"].get(name), attributes["_buffers"]
         if weight is None:
             raise hidden(module, name, entry.label)
+        fit = entry.fit.fits(weight)
         if (
             layer is None
             or layer.settings is not entry.settings
-            or weight.dtype is not layer.dtype
-            or weight.shape != layer.shape
-            or weight.device != layer.device
-            or (type(weight) is not nn.Parameter and is_split(weight)) is not layer.kind.split
+            or layer.dtype is not weight.dtype
+            or not (fit or layer.describes(weight))
         ):
             layer = Layer(entry, weight)
             if not compiling:
@@ -116,18 +123,28 @@ def look(entries: Sequence[NormalizedWeight]) -> Seen:
         us.append(u)
         vs.append(v)
         training.append(attributes["training"] or (layer.tied and entry.training))
-        fits.append(entry.fit.fits(weight))
+        fits.append(fit)
     return Seen(entries, layers, weights, us, vs, training, fits)
+
+
+def _explain(seen: Seen) -> None:
+    """After an op has refused its arguments: names a weight that changed without a new Parameter
+    (``.data``), if there is one."""
+    for entry, layer, weight in zip(seen.entries, seen.layers, seen.weights, strict=True):
+        if not layer.describes(weight):
+            entry.layer = None
+            _check_vectors(entry, Layer(entry, weight))
 
 
 def _check_vectors(entry: NormalizedWeight, layer: Layer) -> None:
     """Raises for a weight that was given another shape or dtype behind our back (``.data``)."""
     for x, size in ((entry.u, layer.rows), (entry.v, layer.columns)):
-        if x.numel() != size * layer.pairs or x.dtype != layer.kind.state_dtype:
+        right = x.numel() == size * layer.pairs and x.dtype == layer.kind.state_dtype
+        if not right or x.device != layer.device:
             raise RuntimeError(
                 f"layer {layer.label!r}: its weight is now {layer.dtype} of shape "
-                f"{tuple(layer.shape)}, but its u and v are {x.dtype} for another; change the "
-                "dtype with module.to(dtype), and take normalisation off "
+                f"{tuple(layer.shape)} on {layer.device}, but its u and v are {x.dtype} on "
+                f"{x.device} for another; move it with module.to(...), and take normalisation off "
                 "(remove_stable_rank_norm) before changing the shape"
             )
 
@@ -244,7 +261,11 @@ def _run(
     """:func:`normalize` of the layers of one op call."""
     plan = _plan_of(kind, seen.layers, iterations)
     record = RoundRecord(plan, [e.fit for e in seen.entries]) if keep else None
-    results = _runner(kind, seen)(plan, record, _matrices(seen.weights), seen.us, seen.vs)
+    try:
+        results = _runner(kind, seen)(plan, record, _matrices(seen.weights), seen.us, seen.vs)
+    except (RuntimeError, ValueError, TypeError, IndexError):
+        _explain(seen)
+        raise
     if record is not None:
         for place, entry in enumerate(seen.entries):
             entry.record = (record, place)

@@ -263,5 +263,6 @@ class KeepState:
                 if new.dtype != dtype:
                     moved = torch.empty_like(new, dtype=dtype) if old.is_meta else old
                     module._buffers[name + suffix] = moved.to(device=new.device, dtype=dtype)
+            entry.layer = None
             entry.become(state)
         return module
