@@ -10,7 +10,7 @@ from torch import Tensor
 
 from benchmarks.providers import Runner
 from benchmarks.workloads import Problem
-from srn_kernels.maths.top_one import normalize_layer
+from srn_kernels.maths.top_one import TOP_ONE
 
 SAFETY = 8.0
 EPS = torch.finfo(torch.float32).eps
@@ -60,7 +60,7 @@ def make_oracle(problem: Problem, rank_ratio: float, v_first: bool = False) -> O
         target_rank = target_rank if min(weight.shape) > 1 else float("inf")
         first, second = (v, u) if v_first else (u, v)
         steps = problem.n_power_iterations
-        layer = normalize_layer(weight, first, second, target_rank, steps, 1e-12, dim)
+        layer = TOP_ONE.normalize_layer(weight, first, second, target_rank, steps, 1e-12, dim)
         (grad,) = torch.autograd.grad(layer.weight, weight, problem.upstream[i].double())
         outputs.append(layer.weight.detach().float())
         grads.append(grad.float())

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from srn_kernels.core.record import RoundRecord
+from srn_kernels.core.record import Round as RoundRecord
 from srn_kernels.model.weight import NormalizedWeight
 
 _ROUNDS = "_srn_rounds"  # ctx.__dict__[_ROUNDS]: {id(entry): its record} of a checkpoint

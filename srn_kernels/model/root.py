@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from srn_kernels.core.record import RoundRecord
+from srn_kernels.core.record import Round as RoundRecord
 from srn_kernels.model import recompute
 from srn_kernels.model.begin import Frame, begin, begin_again, end, may_iterate, share, unshare
 from srn_kernels.model.hooks import hook, unhook

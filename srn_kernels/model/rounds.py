@@ -9,14 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from srn_kernels import backends
 from srn_kernels.core.arguments import is_dense
 from srn_kernels.core.autograd import plain_eager, refuse_batched, run_round
+from srn_kernels.core.guard import are_plain, check_tensor, serving
 from srn_kernels.core.plan import Plan, make_plan
-from srn_kernels.core.record import RoundRecord
+from srn_kernels.core.record import Round as RoundRecord
 from srn_kernels.maths.bound import bounded
-from srn_kernels.maths.matrix import round_vectors, state_dtype
-from srn_kernels.maths.top_k import block_size, state_vectors
+from srn_kernels.maths.matrix import first_vector, round_vectors
 from srn_kernels.model.weight import LayerConstants, NormalizedWeight, is_split, version_of
 
 _FIRST = 2**63 - 1  # a sequence number behind that of every ordinary node
@@ -48,7 +47,7 @@ def _build_plan(
         tuple(c.label for c in layers),
         backend,
         layers[0].settings.gradient,
-        () if layers[0].settings.preserve == 1 else tuple(c.settings.preserve for c in layers),
+        layers[0].rule.name,
     )
 
 
@@ -86,12 +85,20 @@ def _matrix(weight: Tensor) -> Tensor:
 
 def _kind(entry: NormalizedWeight, weight: Tensor) -> tuple[Any, ...]:
     """What all weights of one op call have in common: device, whether processes hold them together,
-    state dtype, backend, kind of gradient and kind of state."""
-    settings = entry.settings
-    block = settings.preserve != 1
-    backend = "reference" if block else settings.backend
-    split = type(weight) is not nn.Parameter and is_split(weight)
-    return weight.device, split, weight.dtype == torch.float64, backend, settings.gradient, block
+    state dtype, backend, kind of gradient and rule; a tensor subclass is a call of its own."""
+    settings, rule = entry.settings, entry.settings.chosen_rule
+    backend = settings.backend if rule.kernels else "reference"
+    split = alone = False
+    if type(weight) is not nn.Parameter:
+        split = is_split(weight)
+        alone = not (split or torch.compiler.is_compiling() or are_plain([weight])) and id(weight)
+    float64 = weight.dtype == torch.float64
+    return weight.device, split, float64, backend, settings.gradient, rule.name, alone
+
+
+def _backend(split: bool, backend: str, entries: Sequence[Any], weights: Sequence[Tensor]) -> str:
+    """What serves them; it does not matter for DTensors."""
+    return "reference" if split else serving(backend, weights, [e.label for e in entries])
 
 
 def _runner(split: bool) -> Callable[..., tuple[Tensor, ...]]:
@@ -149,6 +156,9 @@ def normalize_entries(
     compiling = torch.compiler.is_compiling()
     constants, plan_for = (LayerConstants, _build_plan) if compiling else (_constants, _cached_plan)
     weights = [e.weight for e in entries]
+    for entry, weight in zip(entries, weights, strict=True):
+        if entry.parameter is not weight and not compiling:
+            check_tensor(weight, entry.label)
     refuse_batched(weights)
     groups: dict[Any, list[int]] = {}
     for i, weight in enumerate(weights):
@@ -162,7 +172,7 @@ def normalize_entries(
             layers,
             tuple([iterations[i] for i in group]),
             _out_dtypes(chosen, raw, device.type),
-            backends.resolve(backend, device.type, state_dtype(raw[0].dtype)),
+            _backend(split, backend, chosen, raw),
         )
         if state is None:
             us, vs = [e.u for e in chosen], [e.v for e in chosen]
@@ -190,11 +200,8 @@ def _bounded(
 ) -> Tensor:
     """W_hat with its soft bound and gain, from the round's own u, v and scalars."""
     weight, dim, offset = entry.matrix_weight(), plan.dims[place], plan.offsets[place]
-    if plan.preserve:
-        size = block_size(plan.preserve[place], *entry.matrix_shape())
-        u, v = (x[:, 0] for x in state_vectors(round_state, offset, weight, dim, size))
-    else:
-        u, v = round_vectors(round_state, offset, weight, dim)
+    pair = round_vectors(round_state, offset, weight, dim, plan.pairs[place])
+    u, v = (first_vector(x) for x in pair)
     s = entry.settings
     return bounded(
         out,
@@ -246,7 +253,7 @@ def _repeat(
         tuple([_constants(e, w) for e, w in zip(chosen, weights, strict=True)]),
         (-1,) * len(part),
         tuple([dtypes[p] for p in places]) if dtypes else _out_dtypes(chosen, weights, device.type),
-        backends.resolve(backend, device.type, state_dtype(weights[0].dtype)),
+        _backend(split, backend, chosen, weights),
     )
     round_state, stats = record.round_state, record.stats
     if len(part) < len(record.plan.dims):

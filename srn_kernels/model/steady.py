@@ -18,8 +18,9 @@ from srn_kernels import backends
 from srn_kernels.core.arguments import is_dense
 from srn_kernels.core.autograd import plain_eager, run_round
 from srn_kernels.core.plan import Plan
-from srn_kernels.core.record import RoundRecord
+from srn_kernels.core.record import Round as RoundRecord
 from srn_kernels.maths.matrix import state_dtype
+from srn_kernels.maths.rules import named
 from srn_kernels.model import recompute
 from srn_kernels.model.begin import may_iterate
 from srn_kernels.model.rounds import autocast_dtype
@@ -122,7 +123,7 @@ class Steady:
             return None
         record = entries[0].record[0]
         plan = record.plan
-        if plan.preserve or len(plan.dims) != len(entries) or min(plan.iterations) < 0:
+        if not named(plan.rule).kernels or len(plan.dims) != len(entries) or min(plan.iterations) < 0:
             return None
         for place, entry in enumerate(entries):
             if entry.record[0] is not record or entry.record[1] != place or not _is_plain(entry):

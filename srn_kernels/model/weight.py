@@ -10,12 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from srn_kernels.core.arguments import (
-    FLOATING,
-)
-from srn_kernels.core.record import RoundRecord
-from srn_kernels.maths.matrix import state_dtype
-from srn_kernels.maths.top_k import block_size
+from srn_kernels.core.guard import check_new, check_tensor
+from srn_kernels.core.record import Round as RoundRecord
+from srn_kernels.maths.matrix import state_dtype, vector_shape
 from srn_kernels.model.settings import Settings
 
 KEY = "_srn"  # module.__dict__[KEY]: {parameter name: NormalizedWeight}
@@ -261,9 +258,9 @@ class NormalizedWeight:
             zlib.crc32(f"{self.label}:{tuple(weight.shape)}".encode())
         )
         dtype = state_dtype(weight.dtype)
-        rows, columns = self.matrix_shape()
-        size = block_size(self.settings.preserve, rows, columns)
-        shapes = [(n,) if size == 1 else (n, size) for n in (rows, columns)]
+        sizes = self.matrix_shape()
+        pairs = self.settings.chosen_rule.pairs(*sizes)
+        shapes = [vector_shape(n, pairs) for n in sizes]
         drawn = [
             torch.randn(n, generator=generator, dtype=torch.float64, device="cpu") for n in shapes
         ]
@@ -273,12 +270,23 @@ class NormalizedWeight:
 class LayerConstants:
     """What a round needs of one layer beside its tensors; compared by identity, so made once."""
 
-    __slots__ = ("columns", "dim", "label", "rows", "scales", "settings", "shape", "target_rank")
+    __slots__ = (
+        "columns",
+        "dim",
+        "label",
+        "rows",
+        "rule",
+        "scales",
+        "settings",
+        "shape",
+        "target_rank",
+    )
 
     def __init__(self, entry: NormalizedWeight, weight: Tensor) -> None:
         self.shape = weight.shape
         self.settings = entry.settings
         self.scales = entry.settings.scales
+        self.rule = entry.settings.chosen_rule
         self.label = entry.label
         self.dim = entry.settings.dim if weight.dim() > 1 else 0
         self.rows, self.columns = entry.matrix_shape()
@@ -291,10 +299,10 @@ def check_weight(module: nn.Module, weight: Tensor | None, label: str) -> None:
         raise ValueError(f"{label} is None")
     if isinstance(weight, nn.parameter.UninitializedTensorMixin):
         raise ValueError(f"{label} is not initialised yet: run a forward of its lazy module first")
-    if weight.dtype not in FLOATING:
-        raise TypeError(f"{label} must be real floating-point, got {weight.dtype}")
+    check_tensor(weight, label)
     if weight.dim() == 0:
         raise ValueError(f"{label} must have at least one dimension")
+    check_new(weight, label)
     if getattr(weight, "_fsdp_flattened", False):
         raise ValueError(
             f"{label} is flattened by FullyShardedDataParallel; normalise the model before "

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from srn_kernels import reference
 from srn_kernels.maths.matrix import from_matrix, matrix
-from srn_kernels.maths.top_one import layer_gradient, normalize_layer
+from srn_kernels.maths.top_one import TOP_ONE
 
 UNIT = oracle.unit_of(torch.float64)
 # (shape, target): stable rank lowered, lowered to 1, not lowered, no target.
@@ -36,7 +36,7 @@ def test_every_shape_and_target_agrees_with_the_oracle(layout, iterations):
             weight, dim = oracle.make_weight(layout, shape, torch.float64)
             u, v = oracle.make_state(weight, dim)
             rank = math.inf if min(shape) == 1 else max(1.0, fraction * min(shape))
-            layer = normalize_layer(weight, u, v, rank, iterations, 1e-12, dim)
+            layer = TOP_ONE.normalize_layer(weight, u, v, rank, iterations, 1e-12, dim)
             oracle.assert_forward(
                 weight,
                 dim,
@@ -54,7 +54,7 @@ def test_every_shape_and_target_agrees_with_the_oracle(layout, iterations):
 @pytest.mark.parametrize(("shape", "rank"), BRANCHES, ids=BRANCH_IDS)
 def test_branches_are_the_ones_meant(shape, rank):
     w, u, v = layer_of(shape)
-    layer = normalize_layer(w, u, v, rank, 5, 1e-12, 0)
+    layer = TOP_ONE.normalize_layer(w, u, v, rank, 5, 1e-12, 0)
     active = rank < 2
     assert layer.stats[6] == (oracle.STABLE_RANK if active else oracle.SPECTRAL)
 
@@ -65,7 +65,7 @@ def test_one_step_is_that_of_torch_spectral_norm_with_no_target():
     norm = linear.parametrizations.weight[0]
     u, v = norm._u.clone(), norm._v.clone()
     weight = linear.parametrizations.weight.original.detach()
-    layer = normalize_layer(weight, u, v, math.inf, 1, 1e-12, 0)
+    layer = TOP_ONE.normalize_layer(weight, u, v, math.inf, 1, 1e-12, 0)
     # Both compute in float64; a dozen roundings each.
     torch.testing.assert_close(layer.weight, linear.weight, rtol=0, atol=64 * UNIT)
     torch.testing.assert_close(layer.u, norm._u, rtol=0, atol=64 * UNIT)
@@ -92,7 +92,7 @@ def test_autograd_through_the_reference_is_the_derivative_with_u_and_v_constant(
     w, u, v = layer_of(shape)
     g = torch.randn_like(w)
     w.requires_grad_()
-    layer = normalize_layer(w, u, v, rank, iterations, 1e-12, 0)
+    layer = TOP_ONE.normalize_layer(w, u, v, rank, iterations, 1e-12, 0)
     (grad,) = torch.autograd.grad(layer.weight, w, g)
     for _ in range(5):
         direction = torch.nn.functional.normalize(torch.randn_like(w), dim=(0, 1))
@@ -111,7 +111,7 @@ def test_layer_gradient_equals_autograd_to_second_order(shape, rank, dim):
     w, u, v = layer_of(shape)
     w = (w if dim == 0 else w.T.contiguous()).requires_grad_()
     g = torch.randn_like(w).requires_grad_()
-    layer = normalize_layer(w, u, v, rank, 0, 1e-12, dim)
+    layer = TOP_ONE.normalize_layer(w, u, v, rank, 0, 1e-12, dim)
     (expected,) = torch.autograd.grad(layer.weight, w, g, create_graph=True)
     actual = layer_gradient(g, w, layer.u, layer.v, layer.stats, dim)
     bound = 1000 * UNIT * float(g.detach().norm()) / min(float(layer.stats[0]), 1.0)
@@ -126,10 +126,10 @@ def test_layer_gradient_equals_autograd_to_second_order(shape, rank, dim):
 @pytest.mark.parametrize(("shape", "rank"), BRANCHES, ids=BRANCH_IDS)
 def test_layer_gradient_passes_gradgradcheck(shape, rank):
     w, u, v = layer_of(shape)
-    layer = normalize_layer(w, u, v, rank, 0, 1e-12, 0)
+    layer = TOP_ONE.normalize_layer(w, u, v, rank, 0, 1e-12, 0)
 
     def value(w: Tensor) -> Tensor:
-        return normalize_layer(w, layer.u, layer.v, rank, 0, 1e-12, 0).weight
+        return TOP_ONE.normalize_layer(w, layer.u, layer.v, rank, 0, 1e-12, 0).weight
 
     def gradient(g: Tensor, w: Tensor) -> Tensor:
         return layer_gradient(g, w, layer.u, layer.v, layer.stats, 0)
@@ -144,7 +144,7 @@ def test_layer_gradient_passes_gradgradcheck(shape, rank):
 def test_passing_through_has_the_identity_as_gradient(branch):
     w, u, v = layer_of((4, 6))
     w = (w * {"zero": 0.0, "vanishing": 1e-14}[branch]).requires_grad_()
-    layer = normalize_layer(w, u, v, 2.0, 1, 1e-12, 0)
+    layer = TOP_ONE.normalize_layer(w, u, v, 2.0, 1, 1e-12, 0)
     g = torch.randn_like(w)
     (grad,) = torch.autograd.grad(layer.weight, w, g)
     assert torch.equal(layer.weight, w)
@@ -155,7 +155,7 @@ def test_passing_through_has_the_identity_as_gradient(branch):
 def test_target_one_active_has_gradient_zero():
     w, u, v = layer_of((4, 6))
     w.requires_grad_()
-    layer = normalize_layer(w, u, v, 1.0, 1, 1e-12, 0)
+    layer = TOP_ONE.normalize_layer(w, u, v, 1.0, 1, 1e-12, 0)
     (grad,) = torch.autograd.grad(layer.weight, w, torch.randn_like(w))
     assert torch.equal(layer.weight, torch.outer(layer.u, layer.v))
     assert not grad.any()
