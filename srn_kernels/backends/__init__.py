@@ -1,10 +1,10 @@
 """Which backends are live, and which of them serves a call.
 
 Every backend is a module with the same verbs over tensors it is given (their meaning is in
-:mod:`srn_kernels.core.ops`): ``normalize``, ``normalize_backward`` and ``unavailable_reason``; it serves
-the device types in ``DEVICES`` (None: any) and the dtypes of u and v in ``STATE_DTYPES``. Their rule
-is :data:`srn_kernels.maths.top_one.TOP_ONE`; any other runs in reference.py. "auto" is the only name
-that chooses; a backend asked for by name serves or raises.
+:mod:`srn_kernels.core.ops`): ``normalize``, ``normalize_backward`` and ``unavailable_reason``; it
+serves the device types in ``DEVICES`` (None: any) and the dtypes of u and v in ``STATE_DTYPES``.
+Their rule is :data:`srn_kernels.maths.top_one.TOP_ONE`; any other runs in reference.py. "auto" is
+the only name that chooses; a backend asked for by name serves or raises.
 """
 
 from __future__ import annotations

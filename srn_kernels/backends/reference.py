@@ -1,8 +1,8 @@
 """Every rule in plain PyTorch, layer by layer on any device: the backend "reference".
 
-``normalize`` and ``normalize_backward`` are the backend's verbs, for the rule that kernels serve too;
-``run`` and ``run_backward`` are the same for any rule, and ``add_exact_parts`` follows the backward
-of every backend.
+``normalize`` and ``normalize_backward`` are the backend's verbs, for the rule that kernels serve
+too; ``run`` and ``run_backward`` are the same for any rule, and ``add_exact_parts`` follows the
+backward of every backend.
 """
 
 from __future__ import annotations

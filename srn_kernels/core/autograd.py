@@ -133,7 +133,9 @@ class StableRankNormFunction(torch.autograd.Function):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             # create_graph: the same formula in differentiable operations.
             for i in rows:
-                result[i] = exact.graphed_gradient(grads[i], weights[i], round_state, stats, plan, i)
+                result[i] = exact.graphed_gradient(
+                    grads[i], weights[i], round_state, stats, plan, i
+                )
         elif rows:
             chosen = [weights[i] for i in rows]
             given = [_same_memory(grads[i], weights[i]) for i in rows]

@@ -89,8 +89,9 @@ class naming:
 def serving(backend: str, weights: Sequence[Tensor], labels: Sequence[str]) -> str:
     """The backend that serves weights of one device and one state dtype in one call.
 
-    ``backend``: "auto", or the one asked for by name. Errors as :func:`srn_kernels.backends.resolve`;
-    TypeError, naming the weight, where a tensor subclass is given to kernels by name.
+    ``backend``: "auto", or the one asked for by name. Errors as
+    :func:`srn_kernels.backends.resolve`; TypeError, naming the weight, where a tensor subclass is
+    given to kernels by name.
     """
     first = weights[0]
     name = backends.resolve(backend, first.device.type, state_dtype(first.dtype))

@@ -239,7 +239,7 @@ def run_split(
     vs: Sequence[Tensor],
     *finished: Tensor,
 ) -> tuple[Tensor, ...]:
-    """:func:`srn_kernels.core.autograd.run_round` for DTensor weights; W_hat is placed as its weight."""
+    """:func:`srn_kernels.core.autograd.run_round` for DTensors; W_hat is placed as its weight."""
     if not named(plan.rule).split:
         raise NotImplementedError(f"{plan.names[0]} is a DTensor, for which preserve has to be 1")
     blocks = [

@@ -59,7 +59,7 @@ def verdict(sigma: Tensor, usable: Tensor, finite: Tensor, eps: float | Tensor) 
 def layer_stats(
     sigma: Tensor, frobenius_sq: Tensor, q: Tensor, gamma: Tensor, active: Tensor, seen: Verdict
 ) -> Tensor:
-    """The columns of :class:`Stats`, from tensors of one shape; a = gamma / sigma, b = 1 - gamma."""
+    """The columns of :class:`Stats`, from tensors of one shape."""
     good, broken = seen
     nan = torch.full_like(sigma, float("nan"))
     branch = torch.where(active, float(STABLE_RANK), float(SPECTRAL)).double()

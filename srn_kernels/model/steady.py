@@ -123,7 +123,11 @@ class Steady:
             return None
         record = entries[0].record[0]
         plan = record.plan
-        if not named(plan.rule).kernels or len(plan.dims) != len(entries) or min(plan.iterations) < 0:
+        if (
+            not named(plan.rule).kernels
+            or len(plan.dims) != len(entries)
+            or min(plan.iterations) < 0
+        ):
             return None
         for place, entry in enumerate(entries):
             if entry.record[0] is not record or entry.record[1] != place or not _is_plain(entry):

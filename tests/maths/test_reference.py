@@ -12,6 +12,7 @@ from torch import Tensor
 
 from srn_kernels import reference
 from srn_kernels.maths.matrix import from_matrix, matrix
+from srn_kernels.maths.scalars import Stats
 from srn_kernels.maths.top_one import TOP_ONE
 
 UNIT = oracle.unit_of(torch.float64)
@@ -56,7 +57,7 @@ def test_branches_are_the_ones_meant(shape, rank):
     w, u, v = layer_of(shape)
     layer = TOP_ONE.normalize_layer(w, u, v, rank, 5, 1e-12, 0)
     active = rank < 2
-    assert layer.stats[6] == (oracle.STABLE_RANK if active else oracle.SPECTRAL)
+    assert Stats(*layer.stats).branch == (oracle.STABLE_RANK if active else oracle.SPECTRAL)
 
 
 def test_one_step_is_that_of_torch_spectral_norm_with_no_target():
@@ -98,10 +99,10 @@ def test_autograd_through_the_reference_is_the_derivative_with_u_and_v_constant(
         direction = torch.nn.functional.normalize(torch.randn_like(w), dim=(0, 1))
         quotient = difference_quotient(w.detach(), layer.u, layer.v, rank, g, direction)
         # Truncation: h^4 times the fifth derivative over 30 (of order 5! / sigma^5), h = 1e-3.
-        scale = float(g.norm()) / min(float(layer.stats[0]), 1.0) ** 5
+        scale = float(g.norm()) / min(float(Stats(*layer.stats).sigma), 1.0) ** 5
         assert abs(quotient - float((grad * direction).sum())) <= 1e-10 * scale + 1e-11
     expected = oracle.gradient(oracle.normalized(w.detach(), layer.u, layer.v, rank), g)
-    bound = 1000 * UNIT * float(g.norm()) / min(float(layer.stats[0]), 1.0)
+    bound = 1000 * UNIT * float(g.norm()) / min(float(Stats(*layer.stats).sigma), 1.0)
     oracle.assert_within(grad, expected, bound, "dL/dW")
 
 
@@ -113,8 +114,8 @@ def test_layer_gradient_equals_autograd_to_second_order(shape, rank, dim):
     g = torch.randn_like(w).requires_grad_()
     layer = TOP_ONE.normalize_layer(w, u, v, rank, 0, 1e-12, dim)
     (expected,) = torch.autograd.grad(layer.weight, w, g, create_graph=True)
-    actual = layer_gradient(g, w, layer.u, layer.v, layer.stats, dim)
-    bound = 1000 * UNIT * float(g.detach().norm()) / min(float(layer.stats[0]), 1.0)
+    actual = TOP_ONE.layer_gradient(g, w, layer.u, layer.v, layer.stats, 1.0, dim)
+    bound = 1000 * UNIT * float(g.detach().norm()) / min(float(Stats(*layer.stats).sigma), 1.0)
     oracle.assert_within(actual, expected.detach(), bound, "first order")
     probe = torch.randn_like(w)
     wanted = torch.autograd.grad(expected, (w, g), probe, materialize_grads=True)
@@ -132,7 +133,7 @@ def test_layer_gradient_passes_gradgradcheck(shape, rank):
         return TOP_ONE.normalize_layer(w, layer.u, layer.v, rank, 0, 1e-12, 0).weight
 
     def gradient(g: Tensor, w: Tensor) -> Tensor:
-        return layer_gradient(g, w, layer.u, layer.v, layer.stats, 0)
+        return TOP_ONE.layer_gradient(g, w, layer.u, layer.v, layer.stats, 1.0, 0)
 
     inputs = (torch.randn_like(w).requires_grad_(), w.requires_grad_())
     assert torch.autograd.gradcheck(value, w)
@@ -149,7 +150,7 @@ def test_passing_through_has_the_identity_as_gradient(branch):
     (grad,) = torch.autograd.grad(layer.weight, w, g)
     assert torch.equal(layer.weight, w)
     assert torch.equal(grad, g)
-    assert torch.equal(layer_gradient(g, w, u, v, layer.stats, 0), g)
+    assert torch.equal(TOP_ONE.layer_gradient(g, w, u, v, layer.stats, 1.0, 0), g)
 
 
 def test_target_one_active_has_gradient_zero():
