@@ -45,7 +45,7 @@ class Rule:
     def normalize(
         self, w: Tensor, u: Tensor, v: Tensor, target_rank: float, iterations: int, eps: float
     ) -> Normalized:
-        """W_hat, a matrix, with the u and v of this round and its statistics.
+        """W_hat, a matrix, with the u and v of this round and its statistics (:meth:`stats_of`).
 
         Nothing given is modified. iterations: how often u and v move; 0: evaluation.
         """
@@ -55,7 +55,7 @@ class Rule:
         self, w: Tensor, u: Tensor, v: Tensor, stats: Tensor, target_rank: float, eps: float
     ) -> Tensor:
         """W_hat of a finished round once more, from that round's own u, v and stats."""
-        return self.normalize(w, u, v, target_rank, 0, eps).weight
+        return self.normalize(w, u, v, target_rank, 0, eps)[0]
 
     def gradient(
         self, g: Tensor, w: Tensor, u: Tensor, v: Tensor, stats: Tensor, target_rank: float
@@ -102,8 +102,8 @@ class Rule:
         dtype = state_dtype(weight.dtype)
         w = matrix(weight, dim).to(dtype)
         made = self.normalize(w, u.to(dtype), v.to(dtype), target_rank, iterations, eps, **options)
-        w_hat = from_matrix(made.weight, weight, dim).to(out_dtype or weight.dtype)
-        return made._replace(weight=w_hat)
+        w_hat, *rest = made
+        return Normalized(from_matrix(w_hat, weight, dim).to(out_dtype or weight.dtype), *rest)
 
     def repeat_layer(
         self,

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import functools
-
 from srn_kernels.maths.rule import Rule
 from srn_kernels.maths.top_one import TOP_ONE
 
 _rules: dict[str, Rule] = {TOP_ONE.name: TOP_ONE}
+_made: dict[str, Rule] = {}  # by the names of choose
 
 
 def register_rule(rule: Rule) -> Rule:
@@ -40,13 +39,10 @@ def choose(name: str, preserve: int) -> str:
     return name if preserve == 1 else f"{name}:{preserve}"
 
 
-@functools.cache
 def named(key: str) -> Rule:
     """The rule of a name, or of one of :func:`choose`."""
-    name, _, preserve = key.partition(":")
-    rule = _rules[check_rule(name)]
-    return rule.preserving(int(preserve)) if preserve else rule
-
-
-# As backends.resolve: torch.compile takes the rule as it is, and traces its methods.
-named._dynamo_marked_constant = True
+    if key not in _made:
+        name, _, preserve = key.partition(":")
+        rule = _rules[check_rule(name)]
+        _made[key] = rule.preserving(int(preserve)) if preserve else rule
+    return _made[key]
