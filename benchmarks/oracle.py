@@ -10,7 +10,8 @@ from torch import Tensor
 
 from benchmarks.providers import Runner
 from benchmarks.workloads import Problem
-from srn_kernels.maths.top_one import normalize_layer
+from srn_kernels.maths.scalars import Stats
+from srn_kernels.maths.top_one import TOP_ONE
 
 SAFETY = 8.0
 EPS = torch.finfo(torch.float32).eps
@@ -60,11 +61,12 @@ def make_oracle(problem: Problem, rank_ratio: float, v_first: bool = False) -> O
         target_rank = target_rank if min(weight.shape) > 1 else float("inf")
         first, second = (v, u) if v_first else (u, v)
         steps = problem.n_power_iterations
-        layer = normalize_layer(weight, first, second, target_rank, steps, 1e-12, dim)
+        layer = TOP_ONE.normalize_layer(weight, first, second, target_rank, steps, 1e-12, dim)
         (grad,) = torch.autograd.grad(layer.weight, weight, problem.upstream[i].double())
         outputs.append(layer.weight.detach().float())
         grads.append(grad.float())
-        spectrum = float(layer.stats[1].sqrt() / layer.stats[0])
+        seen = Stats(*layer.stats)
+        spectrum = float(seen.frobenius_sq.sqrt() / seen.sigma)
         rounding = torch.finfo(problem.workload.dtype).eps / 2  # of each result, once
         tolerances.append(SAFETY * EPS * (max(weight.shape) ** 0.5 + spectrum) + rounding)
     return Oracle(outputs, grads, tolerances)

@@ -404,7 +404,6 @@ class Kernels(StatefulRunner):
                 names,
                 "cpu",
                 "frozen",
-                (),
             )
             for training in (True, False)
         }

@@ -8,6 +8,8 @@ from srn_kernels import functional, linalg, reference
 from srn_kernels.backends import available_backends, use_backend
 from srn_kernels.backends.cpu import empty_cache
 from srn_kernels.core.autograd import StableRankNormFunction
+from srn_kernels.maths.rule import Rule
+from srn_kernels.maths.rules import register_rule
 from srn_kernels.model.root import shared_round
 from srn_kernels.model.wrap import (
     apply_stable_rank_norm,
@@ -34,6 +36,7 @@ __all__ = [
     "History",
     "Projection",
     "Report",
+    "Rule",
     "StableRankNorm",
     "StableRankNormFunction",
     "apply_stable_rank_norm",
@@ -50,6 +53,7 @@ __all__ = [
     "project_after_step",
     "reference",
     "refresh",
+    "register_rule",
     "remove_stable_rank_norm",
     "report",
     "set_rank_ratio",

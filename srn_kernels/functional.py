@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,30 +12,25 @@ from srn_kernels import backends
 from srn_kernels.core import ops
 from srn_kernels.core.arguments import Request, is_dense, overlaps
 from srn_kernels.core.autograd import refuse_batched, run_round
+from srn_kernels.core.guard import are_plain, serving
 from srn_kernels.core.plan import make_plan
-from srn_kernels.maths.matrix import state_dtype
-
-
-def _groups(weights: Sequence[Tensor]) -> list[list[int]]:
-    """Layers that one op call can take: one device and one state dtype; empty ones left out."""
-    groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
-    for i, weight in enumerate(weights):
-        if weight.numel():
-            groups.setdefault((weight.device, state_dtype(weight.dtype)), []).append(i)
-    return list(groups.values())
+from srn_kernels.maths.matrix import matrix_shape, state_dtype
 
 
 def _calls(weights: Sequence[Tensor], backend: str) -> list[tuple[list[int], str]]:
-    """The layers of each op call, and the backend that serves it."""
+    """The layers that one op call can take, of one device and one state dtype, and the backend that
+    serves it. Empty ones are left out; a tensor subclass is a call of its own, before all others,
+    because it may turn out that nothing serves it."""
+    groups: dict[Any, list[int]] = {}
+    plain = are_plain(weights)
+    for i, weight in enumerate(weights):
+        if weight.numel():
+            alone = -1 if plain or are_plain([weight]) else i
+            groups.setdefault((alone, weight.device, state_dtype(weight.dtype)), []).append(i)
+    chosen = sorted(groups.values(), key=lambda group: plain or are_plain([weights[group[0]]]))
     return [
-        (group, backends.resolve(backend, weights[i].device.type, state_dtype(weights[i].dtype)))
-        for group in _groups(weights)
-        for i in group[:1]
+        (g, serving(backend, [weights[i] for i in g], [f"weights[{i}]" for i in g])) for g in chosen
     ]
-
-
-def _matrix_shape(weight: Tensor, dim: int) -> tuple[int, int]:
-    return weight.shape[dim], weight.numel() // weight.shape[dim]
 
 
 def stable_rank_normalize(
@@ -73,7 +69,7 @@ def stable_rank_normalize(
         gradient: "frozen", or "exact": as if u, v were the top singular pair of W and moved with
             it, whatever ``training`` is; accurate as far as they have converged, bounded where the
             two largest singular values coincide, differentiable once. See
-            :mod:`srn_kernels.exact` for its cost.
+            :mod:`srn_kernels.core.exact` for its cost.
         backend: "auto", "reference", "cpu", "triton" or "cuda".
 
     Returns:
@@ -93,11 +89,11 @@ def stable_rank_normalize(
     for group, name in calls:
         chosen = [w if is_dense(w) else w.contiguous() for w in (weights[i] for i in group)]
         plan = make_plan(
-            tuple(_matrix_shape(weights[i], request.dims[i]) for i in group),
+            tuple(matrix_shape(weights[i], request.dims[i]) for i in group),
             tuple(request.target_ranks[i] for i in group),
             tuple(request.iterations[i] for i in group),
             tuple(request.dims[i] for i in group),
-            (float(eps),) * len(group),
+            tuple(request.eps[i] for i in group),
             tuple(request.out_dtypes[i] for i in group),
             tuple(f"weights[{i}]" for i in group),
             name,
@@ -144,7 +140,7 @@ def stable_rank_project_(
                 [request.target_ranks[i] for i in group],
                 [request.iterations[i] for i in group],
                 [request.dims[i] for i in group],
-                [float(eps)] * len(group),
+                [request.eps[i] for i in group],
                 name,
             )
             for i, w in zip(group, dense, strict=True):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from srn_kernels.core.arguments import Request
-from srn_kernels.maths.top_one import normalize_layer
+from srn_kernels.maths.top_one import TOP_ONE
 
 
 def stable_rank_normalize(
@@ -38,16 +38,16 @@ def stable_rank_normalize(
         if weight.numel() == 0:
             outs.append(weight.to(request.out_dtypes[i]))
             continue
-        layer = normalize_layer(
+        layer = TOP_ONE.normalize_layer(
             weight,
             us[i],
             vs[i],
             request.target_ranks[i],
             request.iterations[i],
-            eps,
+            request.eps[i],
             request.dims[i],
             request.out_dtypes[i],
-            gradient,
+            gradient=gradient,
         )
         if training:
             us[i].copy_(layer.u)

@@ -1,8 +1,9 @@
 """Which backends are live, and which of them serves a call.
 
 Every backend is a module with the same verbs over tensors it is given (their meaning is in
-:mod:`srn_kernels.ops`): ``normalize``, ``normalize_backward`` and ``unavailable_reason``; it serves
-the device types in ``DEVICES`` (None: any) and the dtypes of u and v in ``STATE_DTYPES``. "auto" is
+:mod:`srn_kernels.core.ops`): ``normalize``, ``normalize_backward`` and ``unavailable_reason``; it
+serves the device types in ``DEVICES`` (None: any) and the dtypes of u and v in ``STATE_DTYPES``.
+Their rule is :data:`srn_kernels.maths.top_one.TOP_ONE`; any other runs in reference.py. "auto" is
 the only name that chooses; a backend asked for by name serves or raises.
 """
 
@@ -75,13 +76,17 @@ def _automatic(device_type: str, state_dtype: torch.dtype) -> str:
     return name
 
 
+def asked(name: str) -> str:
+    """What ``backend=name`` asks for here: "auto" may stand for that of :func:`use_backend`."""
+    return getattr(_local, "name", "auto") if name == "auto" else name
+
+
 def resolve(name: str, device_type: str, state_dtype: torch.dtype) -> str:
     """The backend that serves ``name`` on a device type ("cpu", "cuda", ...) for u, v of a dtype.
 
     RuntimeError: it is not live, or not for tensors there; TypeError: not for this dtype.
     """
-    if name == "auto":
-        name = getattr(_local, "name", "auto")
+    name = asked(name)
     if name == "auto":
         return _automatic(device_type, state_dtype)
     module = load(check_name(name))

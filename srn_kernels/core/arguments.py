@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from numbers import Integral, Real
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from srn_kernels.maths.matrix import state_dtype
-
-FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+from srn_kernels.core.guard import FLOATING, check_tensor
+from srn_kernels.maths.matrix import matrix_shape, state_dtype
 
 
 def effective_rank(target_rank: float, rows: int, columns: int) -> float:
@@ -19,18 +19,35 @@ def effective_rank(target_rank: float, rows: int, columns: int) -> float:
     return math.inf if min(rows, columns) == 1 else float(target_rank)
 
 
-def check_count(value: int, argument: str, smallest: int) -> int:
-    if not isinstance(value, int) or isinstance(value, bool):
+def check_number(value: Any, argument: str, what: str = "a number") -> float:
+    """The number as a float; numpy's scalars are numbers, a bool is none."""
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise TypeError(f"{argument} must be {what}, got {value!r}")
+    return float(value)
+
+
+def check_int(value: Any, argument: str) -> int:
+    """The number as an int; numpy's scalars are numbers, a bool is none."""
+    if not isinstance(value, Integral) or isinstance(value, bool):
         raise TypeError(f"{argument} must be an int, got {value!r}")
-    if value < smallest:
+    return int(value)
+
+
+def check_count(value: Any, argument: str, smallest: int) -> int:
+    if check_int(value, argument) < smallest:
         raise ValueError(f"{argument} must be at least {smallest}, got {value}")
-    return value
+    return int(value)
 
 
-def check_eps(eps: float) -> float:
-    if not isinstance(eps, (int, float)) or isinstance(eps, bool):
-        raise TypeError(f"eps must be a number, got {eps!r}")
-    if not (0 <= eps < math.inf):
+def check_dim(dim: Any, weight: Tensor, argument: str) -> int:
+    """The dimension of a weight, counted from 0."""
+    if not -weight.dim() <= check_int(dim, argument) < weight.dim():
+        raise ValueError(f"{argument} = {dim} is no dimension of {tuple(weight.shape)}")
+    return int(dim) % weight.dim()
+
+
+def check_eps(eps: Any) -> float:
+    if not (0 <= check_number(eps, "eps") < math.inf):
         raise ValueError(f"eps must be finite and not negative, got {eps}")
     return float(eps)
 
@@ -39,6 +56,25 @@ def check_gradient(gradient: str) -> str:
     if gradient not in ("frozen", "exact"):
         raise ValueError(f"gradient must be 'frozen' or 'exact', got {gradient!r}")
     return gradient
+
+
+def check_vector(x: Any, argument: str, size: int, weight: Tensor, dim: int) -> None:
+    """The u or v of a weight: state of its device and dtype of state."""
+    want = state_dtype(weight.dtype)
+    if not isinstance(x, Tensor) or x.dtype != want:
+        got = getattr(x, "dtype", type(x).__name__)
+        raise TypeError(f"{argument} must be a {want} tensor, got {got}")
+    if weight.numel() and tuple(x.shape) != (size,):
+        raise ValueError(
+            f"{argument} must have shape ({size},) for a weight of shape {tuple(weight.shape)} "
+            f"with dim {dim}, got {tuple(x.shape)}"
+        )
+    if x.device != weight.device:
+        raise ValueError(f"{argument} is on {x.device}, its weight on {weight.device}")
+    if not x.is_contiguous():
+        raise ValueError(f"{argument} must be contiguous")
+    if x.requires_grad:
+        raise ValueError(f"{argument} is state and must not require a gradient")
 
 
 def is_dense(t: Tensor) -> bool:
@@ -63,6 +99,7 @@ class Request(NamedTuple):
     target_ranks: list[float]
     iterations: list[int]
     dims: list[int]
+    eps: list[float]
     out_dtypes: list[torch.dtype]
 
     @classmethod
@@ -81,55 +118,28 @@ class Request(NamedTuple):
     ) -> Request:
         """Raises ValueError or TypeError, naming the argument, before anything is changed."""
         n = len(weights)
-        for argument, value in (("us", us), ("vs", vs), ("target_ranks", target_ranks)):
-            if len(value) != n:
+        lists = {"us": us, "vs": vs, "target_ranks": target_ranks, "dims": dims}
+        for argument, value in lists.items():
+            if value is not None and len(value) != n:
                 raise ValueError(f"{argument} must have one entry a weight: {len(value)} for {n}")
-        if dims is not None and len(dims) != n:
-            raise ValueError(f"dims must have one entry a weight: {len(dims)} for {n}")
-        check_count(n_power_iterations, "n_power_iterations", 1)
-        check_eps(eps)
+        count = check_count(n_power_iterations, "n_power_iterations", 1)
+        eps = check_eps(eps)
         check_gradient(gradient)
         if out_dtype is not None and out_dtype not in FLOATING:
             raise TypeError(f"out_dtype must be one of {FLOATING}, got {out_dtype}")
-        request = cls([], [n_power_iterations if training else 0] * n, [], [])
+        request = cls([], [count if training else 0] * n, [], [eps] * n, [])
         for i, weight in enumerate(weights):
-            if not isinstance(weight, Tensor) or weight.dtype not in FLOATING:
-                got = getattr(weight, "dtype", type(weight).__name__)
-                raise TypeError(f"weights[{i}] must be a real floating-point tensor, got {got}")
+            check_tensor(weight, f"weights[{i}]")
             if weight.dim() < 2:
                 raise ValueError(
                     f"weights[{i}] must have two dimensions or more, got shape "
                     f"{tuple(weight.shape)}"
                 )
-            dim = 0 if dims is None else dims[i]
-            if not isinstance(dim, int) or isinstance(dim, bool):
-                raise TypeError(f"dims[{i}] must be an int, got {dim!r}")
-            if not -weight.dim() <= dim < weight.dim():
-                raise ValueError(f"dims[{i}] = {dim} is no dimension of {tuple(weight.shape)}")
-            dim %= weight.dim()
-            rows = weight.shape[dim]
-            columns = weight.numel() // rows if rows else 0
-            for argument, x, size in (("us", us[i], rows), ("vs", vs[i], columns)):
-                want = state_dtype(weight.dtype)
-                if not isinstance(x, Tensor) or x.dtype != want:
-                    got = getattr(x, "dtype", type(x).__name__)
-                    raise TypeError(f"{argument}[{i}] must be a {want} tensor, got {got}")
-                if weight.numel() and tuple(x.shape) != (size,):
-                    raise ValueError(
-                        f"{argument}[{i}] must have shape ({size},) for a weight of shape "
-                        f"{tuple(weight.shape)} with dim {dim}, got {tuple(x.shape)}"
-                    )
-                if x.device != weight.device:
-                    raise ValueError(
-                        f"{argument}[{i}] is on {x.device}, its weight on {weight.device}"
-                    )
-                if not x.is_contiguous():
-                    raise ValueError(f"{argument}[{i}] must be contiguous")
-                if x.requires_grad:
-                    raise ValueError(f"{argument}[{i}] is state and must not require a gradient")
-            rank = target_ranks[i]
-            if not isinstance(rank, (int, float)) or isinstance(rank, bool):
-                raise TypeError(f"target_ranks[{i}] must be a number, got {rank!r}")
+            dim = 0 if dims is None else check_dim(dims[i], weight, f"dims[{i}]")
+            rows, columns = matrix_shape(weight, dim) if weight.numel() else (0, 0)
+            check_vector(us[i], f"us[{i}]", rows, weight, dim)
+            check_vector(vs[i], f"vs[{i}]", columns, weight, dim)
+            rank = check_number(target_ranks[i], f"target_ranks[{i}]")
             if not rank >= 1:
                 raise ValueError(f"target_ranks[{i}] must be at least 1, got {rank}")
             out = out_dtype or weight.dtype

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from srn_kernels.backends import cpu
 from srn_kernels.core import exact, ops
+from srn_kernels.core.guard import are_plain, is_traced, naming
 from srn_kernels.core.plan import Plan
-from srn_kernels.core.record import RoundRecord
+from srn_kernels.core.record import Round, begin_backward, versions_of
 from srn_kernels.maths.scalars import STATS
 
 State = tuple[Sequence[Tensor], Sequence[Tensor]]  # us and vs
@@ -40,28 +41,25 @@ def plain_eager() -> bool:
 
 def _new_like(weights: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
     """Uninitialised tensors with the weights' sizes and strides."""
-    if (
-        not torch.compiler.is_compiling()
-        and cpu.unavailable_reason() is None
-        and type(weights[0]) in (Tensor, torch.nn.Parameter)
-        and weights[0].device.type == "cpu"
-    ):
+    if torch.compiler.is_compiling():
+        return [
+            torch.empty_strided(w.shape, w.stride(), dtype=d, device=w.device)
+            for w, d in zip(weights, dtypes, strict=True)
+        ]
+    if cpu.unavailable_reason() is None and weights[0].is_cpu and are_plain(weights):
         # Recycled memory: on a CPU, touching fresh pages costs more than the arithmetic.
         if all(d == w.dtype for d, w in zip(dtypes, weights, strict=True)):
             return cpu.take_like(weights)
         if len(set(dtypes)) == 1:
             return cpu.take_like(weights, dtypes[0])
-    return [
-        torch.empty_strided(w.shape, w.stride(), dtype=d, device=w.device)
-        for w, d in zip(weights, dtypes, strict=True)
-    ]
+    return [torch.empty_like(w, dtype=d) for w, d in zip(weights, dtypes, strict=True)]
 
 
 class StableRankNormFunction(torch.autograd.Function):
     """W_hat of all layers of a round, with the gradient of constant u and v (Algorithm 2).
 
     ``apply(plan, record, None, *weights, *us, *vs)`` returns ``(*W_hat, round_state, stats)``; the
-    last two carry no gradient. ``record`` is None or a :class:`RoundRecord` to fill. Given a
+    last two carry no gradient. ``record`` is None or a :class:`Round` to fill. Given a
     finished round's ``round_state`` and ``stats`` as two more arguments, the same W_hat is computed
     again without touching the state. In eager mode, ``apply(plan, record, (us, vs), *weights)``
     spares autograd the look at tensors that never have a gradient. Twice differentiable in eager
@@ -70,7 +68,7 @@ class StableRankNormFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        plan: Plan, record: RoundRecord | None, state: State | None, *tensors: Tensor
+        plan: Plan, record: Round | None, state: State | None, *tensors: Tensor
     ) -> tuple[Tensor, ...]:
         n = len(plan.dims)
         weights, others = tensors[:n], tensors[n:]
@@ -84,8 +82,7 @@ class StableRankNormFunction(torch.autograd.Function):
         else:
             round_state = us[0].new_empty(plan.state_size)
             stats = us[0].new_empty((n, len(STATS)), dtype=torch.float64)
-        normalize = ops.normalize_block if plan.preserve else ops.normalize
-        normalize(
+        ops.normalize(
             weights,
             us,
             vs,
@@ -97,7 +94,8 @@ class StableRankNormFunction(torch.autograd.Function):
             plan.iterations,
             plan.dims,
             plan.eps,
-            plan.preserve or plan.backend,
+            plan.rule,
+            plan.backend,
         )
         return (*outs, round_state, stats)
 
@@ -115,11 +113,10 @@ class StableRankNormFunction(torch.autograd.Function):
         ctx.kept = plain_eager()
         if ctx.kept:
             ctx.tensors = (*weights, round_state, stats)
-            ctx.versions = [-1 if w.is_inference() else w._version for w in weights]
+            ctx.versions = versions_of(weights)
             ctx.record = record
             if record is not None:
-                record.round_state, record.stats = round_state, stats
-                record.versions = ctx.versions
+                record.fill(round_state, stats, ctx.versions)
         else:
             ctx.save_for_backward(*weights, round_state, stats)
 
@@ -129,17 +126,7 @@ class StableRankNormFunction(torch.autograd.Function):
         n = len(plan.dims)
         *weights, round_state, stats = ctx.tensors if ctx.kept else ctx.saved_tensors
         if ctx.kept:
-            if ctx.record is not None:
-                ctx.record.backward_seen = True
-                for layer in ctx.record.layers:
-                    layer.backward_seen = True
-            for i, weight in enumerate(weights):
-                if grads[i] is not None and weight._version != ctx.versions[i]:
-                    raise RuntimeError(
-                        f"the weight of layer {plan.names[i]!r} was changed in place between its "
-                        "normalisation and this backward (an optimiser step?); run the forward "
-                        "again before the second backward"
-                    )
+            begin_backward(plan, ctx.record, weights, ctx.versions, grads)
         wanted = ctx.needs_input_grad[3:]  # made anew by every look at it
         rows = [i for i in range(n) if grads[i] is not None and wanted[i]]
         result: list[Tensor | None] = [None] * n
@@ -147,31 +134,14 @@ class StableRankNormFunction(torch.autograd.Function):
             # create_graph: the same formula in differentiable operations.
             for i in rows:
                 result[i] = exact.graphed_gradient(
-                    grads[i], weights[i], round_state, stats[i], plan, i
+                    grads[i], weights[i], round_state, stats, plan, i
                 )
-        elif rows and plan.preserve:
-            chosen = [weights[i] for i in rows]
-            outs = [torch.empty_like(w) for w in chosen]
-            ops.normalize_block_backward(
-                [grads[i] for i in rows],
-                chosen,
-                round_state,
-                stats,
-                outs,
-                rows,
-                [plan.offsets[i] for i in rows],
-                [plan.target_ranks[i] for i in rows],
-                [plan.dims[i] for i in rows],
-                [plan.preserve[i] for i in rows],
-                plan.gradient,
-            )
-            for i, out in zip(rows, outs, strict=True):
-                result[i] = out
         elif rows:
             chosen = [weights[i] for i in rows]
+            given = [_same_memory(grads[i], weights[i]) for i in rows]
             outs = _new_like(chosen, [w.dtype for w in chosen])
             ops.normalize_backward(
-                [_same_memory(grads[i], weights[i]) for i in rows],
+                given,
                 chosen,
                 round_state,
                 stats,
@@ -179,19 +149,11 @@ class StableRankNormFunction(torch.autograd.Function):
                 rows,
                 [plan.offsets[i] for i in rows],
                 [plan.dims[i] for i in rows],
-                plan.backend,
+                [plan.target_ranks[i] for i in rows],
+                plan.gradient,
+                plan.rule,
+                plan.backend if is_traced() or are_plain(given) else "reference",
             )
-            if plan.gradient == "exact":
-                ops.add_turning(
-                    [grads[i] for i in rows],
-                    chosen,
-                    round_state,
-                    stats,
-                    outs,
-                    rows,
-                    [plan.offsets[i] for i in rows],
-                    [plan.dims[i] for i in rows],
-                )
             for i, out in zip(rows, outs, strict=True):
                 result[i] = out
         return (None, None, None, *result, *[None] * ctx.state_arguments)
@@ -201,7 +163,7 @@ class StableRankNormFunction(torch.autograd.Function):
         info: Any,
         in_dims: tuple[Any, ...],
         plan: Plan,
-        record: RoundRecord | None,
+        record: Round | None,
         state: State | None,
         *tensors: Tensor,
     ) -> Any:
@@ -213,7 +175,7 @@ class StableRankNormFunction(torch.autograd.Function):
 
 def run_round(
     plan: Plan,
-    record: RoundRecord | None,
+    record: Round | None,
     weights: Sequence[Tensor],
     us: Sequence[Tensor],
     vs: Sequence[Tensor],
@@ -223,6 +185,20 @@ def run_round(
 
     ``finished``: nothing, or round_state and stats of the round to repeat.
     """
+    if plan.backend == "reference" and not is_traced() and not are_plain(weights):
+        with naming(plan.names[0], weights[0]):  # a call of its own, see srn_kernels.core.guard
+            return _run(plan, record, weights, us, vs, *finished)
+    return _run(plan, record, weights, us, vs, *finished)
+
+
+def _run(
+    plan: Plan,
+    record: Round | None,
+    weights: Sequence[Tensor],
+    us: Sequence[Tensor],
+    vs: Sequence[Tensor],
+    *finished: Tensor,
+) -> tuple[Tensor, ...]:
     if torch.is_grad_enabled() and any(w.requires_grad for w in weights):
         if plain_eager():
             # Function.apply would inspect forward's signature on every call, for 60 us.
@@ -232,8 +208,7 @@ def run_round(
         return StableRankNormFunction.apply(plan, record, None, *weights, *us, *vs, *finished)
     outputs = StableRankNormFunction.forward(plan, record, (us, vs), *weights, *finished)
     if record is not None:
-        record.round_state, record.stats = outputs[-2:]
-        record.versions = [-1 if w.is_inference() else w._version for w in weights]
+        record.fill(*outputs[-2:], versions_of(weights))
     return outputs
 
 

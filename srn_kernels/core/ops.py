@@ -1,207 +1,102 @@
 """The registered ops: one contract that every backend answers. Needs torch alone.
 
 All ops write into tensors they are given and return nothing, so that they can be functionalised.
-For ``n`` layers with matrix views of (rows_i, columns_i):
+For ``n`` layers with matrix views of (rows_i, columns_i), of which the rule keeps k_i pairs u, v:
 
 weights       n tensors, float32, bfloat16, float16 or float64, dense in any memory order
-us, vs        the state: (rows_i,) and (columns_i,), float32, or float64 for float64 weights; all
-              layers of a call share one state dtype; written where ``iterations[i] > 0``
+us, vs        the state: (rows_i,) and (columns_i,) for k_i = 1, else (rows_i, k_i) and
+              (columns_i, k_i); float32, or float64 for float64 weights; all layers of a call share
+              one state dtype; written where ``iterations[i] > 0``
 outs          W_hat, with the weights' sizes and strides; float64 only for float64 weights
 round_state   flat, in the state dtype: layer i's unit u starts at ``offsets[i]``, its v
-              ``padded(rows_i)`` later; what backward needs, untouched by later rounds
-stats         (n, 8) float64, the columns named by :data:`srn_kernels.reference.STATS`
+              ``padded(k_i rows_i)`` later; what backward needs, untouched by later rounds
+stats         (n, 8) float64, the columns of :class:`srn_kernels.maths.scalars.Stats`
 iterations    power iterations; 0: evaluation (u/|u|, v/|v|, no change of state); -1: repeat the
               round whose round_state and stats are given
 dims          the output dimension of each weight
+rows          of a backward: the layers' places in the round
+gradient      "frozen" or "exact"
+rule          a name of :func:`srn_kernels.maths.rules.named`; where kernels do not serve it, plain
+              PyTorch does, whatever the backend
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from srn_kernels import backends
-from srn_kernels.core import exact
-from srn_kernels.maths import top_k
-from srn_kernels.maths.matrix import state_layout
+from srn_kernels.backends import reference
+from srn_kernels.maths.matrix import matrix_shape, state_layout
+from srn_kernels.maths.rules import named
 from srn_kernels.maths.scalars import STATS
 
-_library = torch.library.Library("srn_kernels", "DEF")
-
-
-_library.define(
-    "normalize(Tensor[] weights, Tensor(a!)[] us, Tensor(b!)[] vs, Tensor(c!)[] outs, "
+# The only list of each op's arguments; the functions below take them in this order.
+_SCHEMAS = {
+    "normalize": "(Tensor[] weights, Tensor(a!)[] us, Tensor(b!)[] vs, Tensor(c!)[] outs, "
     "Tensor(d!) round_state, Tensor(e!) stats, int[] offsets, float[] target_ranks, "
-    "int[] iterations, int[] dims, float[] eps, str backend) -> ()"
-)
+    "int[] iterations, int[] dims, float[] eps, str rule, str backend) -> ()",
+    "normalize_backward": "(Tensor[] grads, Tensor[] weights, Tensor round_state, Tensor stats, "
+    "Tensor(a!)[] grad_weights, int[] rows, int[] offsets, int[] dims, float[] target_ranks, "
+    "str gradient, str rule, str backend) -> ()",
+    "project": "(Tensor(a!)[] weights, Tensor(b!)[] us, Tensor(c!)[] vs, float[] target_ranks, "
+    "int[] iterations, int[] dims, float[] eps, str backend) -> ()",
+}
 
 
-_library.define(
-    "normalize_backward(Tensor[] grads, Tensor[] weights, Tensor round_state, Tensor stats, "
-    "Tensor(a!)[] grad_weights, int[] rows, int[] offsets, int[] dims, str backend) -> ()"
-)
-
-
-_library.define(
-    "add_turning(Tensor[] grads, Tensor[] weights, Tensor round_state, Tensor stats, "
-    "Tensor(a!)[] grad_weights, int[] rows, int[] offsets, int[] dims) -> ()"
-)
-
-
-_library.define(
-    "normalize_block(Tensor[] weights, Tensor(a!)[] us, Tensor(b!)[] vs, Tensor(c!)[] outs, "
-    "Tensor(d!) round_state, Tensor(e!) stats, int[] offsets, float[] target_ranks, "
-    "int[] iterations, int[] dims, float[] eps, int[] preserve) -> ()"
-)
-
-
-_library.define(
-    "normalize_block_backward(Tensor[] grads, Tensor[] weights, Tensor round_state, Tensor stats, "
-    "Tensor(a!)[] grad_weights, int[] rows, int[] offsets, float[] target_ranks, int[] dims, "
-    "int[] preserve, str gradient) -> ()"
-)
-
-
-_library.define(
-    "project(Tensor(a!)[] weights, Tensor(b!)[] us, Tensor(c!)[] vs, float[] target_ranks, "
-    "int[] iterations, int[] dims, float[] eps, str backend) -> ()"
-)
-
-
-def _moved(vectors: Sequence[Tensor], iterations: Sequence[int]) -> list[Tensor]:
-    return [x for x, n in zip(vectors, iterations, strict=True) if n > 0 and not x.is_inference()]
-
-
-def _normalize(
-    weights,
-    us,
-    vs,
-    outs,
-    round_state,
-    stats,
-    offsets,
-    target_ranks,
-    iterations,
-    dims,
-    eps,
-    backend,
-):
-    backends.load(backend).normalize(
-        weights, us, vs, outs, round_state, stats, offsets, target_ranks, iterations, dims, eps
-    )
-    # Kernels write through plain pointers: tell autograd.
-    torch.autograd.graph.increment_version(_moved(us, iterations) + _moved(vs, iterations))
-
-
-def _normalize_backward(
-    grads, weights, round_state, stats, grad_weights, rows, offsets, dims, backend
-):
-    backends.load(backend).normalize_backward(
-        grads, weights, round_state, stats, grad_weights, rows, offsets, dims
+def _tell_autograd(*written: list[Tensor]) -> None:
+    """Kernels write through plain pointers."""
+    torch.autograd.graph.increment_version(
+        [x for tensors in written for x in tensors if not x.is_inference()]
     )
 
 
-def _add_turning(grads, weights, round_state, stats, grad_weights, rows, offsets, dims):
-    exact.add_turning(grads, weights, round_state, stats, grad_weights, rows, offsets, dims)
+def _moved(vectors: list[Tensor], iterations: list[int]) -> list[Tensor]:
+    return [x for x, n in zip(vectors, iterations, strict=True) if n > 0]
 
 
-def _normalize_block(
-    weights,
-    us,
-    vs,
-    outs,
-    round_state,
-    stats,
-    offsets,
-    target_ranks,
-    iterations,
-    dims,
-    eps,
-    preserve,
-):
-    top_k.normalize(
-        weights,
-        us,
-        vs,
-        outs,
-        round_state,
-        stats,
-        offsets,
-        target_ranks,
-        iterations,
-        dims,
-        eps,
-        preserve,
-    )
+def _normalize(*arguments: Any) -> None:
+    *lists, rule, backend = arguments
+    rule = named(rule)
+    if rule.kernels:
+        backends.load(backend).normalize(*lists)
+    else:
+        reference.run(rule, *lists)
+    _, us, vs, *_, iterations, _, _ = lists
+    _tell_autograd(_moved(us, iterations), _moved(vs, iterations))
 
 
-def _normalize_block_backward(
-    grads,
-    weights,
-    round_state,
-    stats,
-    grad_weights,
-    rows,
-    offsets,
-    target_ranks,
-    dims,
-    preserve,
-    gradient,
-):
-    top_k.normalize_backward(
-        grads,
-        weights,
-        round_state,
-        stats,
-        grad_weights,
-        rows,
-        offsets,
-        target_ranks,
-        dims,
-        preserve,
-        gradient,
-    )
+def _normalize_backward(*arguments: Any) -> None:
+    *lists, target_ranks, gradient, rule, backend = arguments
+    rule = named(rule)
+    if rule.kernels:
+        backends.load(backend).normalize_backward(*lists)
+    else:
+        reference.run_backward(rule, *lists, target_ranks)
+    if gradient == "exact":
+        reference.add_exact_parts(rule, *lists, target_ranks)
 
 
-def _project(weights, us, vs, target_ranks, iterations, dims, eps, backend):
-    shapes = [(w.shape[d], w.numel() // w.shape[d]) for w, d in zip(weights, dims, strict=True)]
-    offsets, size = state_layout(shapes)
+def _project(*arguments: Any) -> None:
+    weights, us, vs, target_ranks, iterations, dims, eps, backend = arguments
+    offsets, size = state_layout([matrix_shape(w, d) for w, d in zip(weights, dims, strict=True)])
     round_state = us[0].new_empty(size)
     stats = us[0].new_empty((len(weights), len(STATS)), dtype=torch.float64)
-    backends.load(backend).normalize(
-        weights, us, vs, weights, round_state, stats, offsets, target_ranks, iterations, dims, eps
-    )
-    moved = _moved(us, iterations) + _moved(vs, iterations)
-    torch.autograd.graph.increment_version([*weights, *moved])
+    lists = (weights, us, vs, weights, round_state, stats, offsets, target_ranks, iterations)
+    backends.load(backend).normalize(*lists, dims, eps)
+    _tell_autograd(weights, _moved(us, iterations), _moved(vs, iterations))
 
 
-for _name, _kernel in (
-    ("normalize", _normalize),
-    ("normalize_backward", _normalize_backward),
-    ("add_turning", _add_turning),
-    ("normalize_block", _normalize_block),
-    ("normalize_block_backward", _normalize_block_backward),
-    ("project", _project),
-):
+_library = torch.library.Library("srn_kernels", "DEF")
+_KERNELS = {"normalize": _normalize, "normalize_backward": _normalize_backward, "project": _project}
+for _name, _kernel in _KERNELS.items():
+    _library.define(_name + _SCHEMAS[_name])
     _library.impl(_name, _kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"srn_kernels::{_name}", lambda *args: None, lib=_library)
 
-
-project = torch.ops.srn_kernels.project.default
-
-
-# What gradient="exact" adds to normalize_backward, for every backend: matrix products alone.
-add_turning = torch.ops.srn_kernels.add_turning.default
-
-
-# Layers that keep k != 1 singular values; u and v are (rows, size) and (columns, size) blocks.
-normalize_block = torch.ops.srn_kernels.normalize_block.default
-
-
-normalize_block_backward = torch.ops.srn_kernels.normalize_block_backward.default
+_ops = torch.ops.srn_kernels
 
 
 def _undispatched() -> bool:
@@ -215,17 +110,14 @@ def _undispatched() -> bool:
 
 def normalize(*arguments: Any) -> None:
     """The op of this name."""
-    op = _normalize if _undispatched() else _dispatched_normalize
-    op(*arguments)
+    (_normalize if _undispatched() else _ops.normalize.default)(*arguments)
 
 
 def normalize_backward(*arguments: Any) -> None:
     """The op of this name."""
-    op = _normalize_backward if _undispatched() else _dispatched_backward
-    op(*arguments)
+    (_normalize_backward if _undispatched() else _ops.normalize_backward.default)(*arguments)
 
 
-_dispatched_normalize = torch.ops.srn_kernels.normalize.default
-
-
-_dispatched_backward = torch.ops.srn_kernels.normalize_backward.default
+def project(*arguments: Any) -> None:
+    """The op of this name."""
+    (_project if _undispatched() else _ops.project.default)(*arguments)

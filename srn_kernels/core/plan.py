@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from srn_kernels.core import ops
-from srn_kernels.maths.top_k import block_size
+from srn_kernels.maths.matrix import state_layout
+from srn_kernels.maths.rules import named
+from srn_kernels.maths.top_one import TOP_ONE
 
 
 class Plan(NamedTuple):
@@ -22,9 +23,10 @@ class Plan(NamedTuple):
     names: tuple[str, ...]
     offsets: tuple[int, ...]
     state_size: int
+    pairs: tuple[int, ...]  # how many u and v each layer keeps
     backend: str
     gradient: str = "frozen"
-    preserve: tuple[int, ...] = ()  # k of each layer; empty: 1 for all, what the kernels serve
+    rule: str = TOP_ONE.name  # of all layers, a name for srn_kernels.maths.rules.named
 
 
 def _build_plan(
@@ -37,27 +39,13 @@ def _build_plan(
     names: tuple[str, ...],
     backend: str,
     gradient: str = "frozen",
-    preserve: tuple[int, ...] = (),
+    rule: str = TOP_ONE.name,
 ) -> Plan:
-    if preserve:
-        sizes = [block_size(k, *shape) for k, shape in zip(preserve, shapes, strict=True)]
-        shapes = tuple(
-            (n * rows, n * columns) for n, (rows, columns) in zip(sizes, shapes, strict=True)
-        )
-    offsets, size = ops.state_layout(shapes)
-    return Plan(
-        target_ranks,
-        iterations,
-        dims,
-        eps,
-        out_dtypes,
-        names,
-        tuple(offsets),
-        size,
-        backend,
-        gradient,
-        preserve,
-    )
+    pairs = tuple([named(rule).pairs(*shape) for shape in shapes])
+    sizes = [(n * rows, n * columns) for n, (rows, columns) in zip(pairs, shapes, strict=True)]
+    offsets, size = state_layout(sizes)
+    constants = (target_ranks, iterations, dims, eps, out_dtypes, names)
+    return Plan(*constants, tuple(offsets), size, pairs, backend, gradient, rule)
 
 
 _cached_plan = functools.lru_cache(maxsize=256)(_build_plan)

@@ -1,4 +1,4 @@
-"""What is kept of a finished round."""
+"""What is kept of a finished round, and what its backward looks at first."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from srn_kernels.core.plan import Plan
 
 
-class RoundRecord:
+class Round:
     """What is remembered of one eager round: enough to compute its W_hat again, bit for bit."""
 
     def __init__(self, plan: Plan, layers: Sequence[Any]) -> None:
@@ -24,15 +24,48 @@ class RoundRecord:
         self.backward_seen = False
         self.iterated = False  # of shards: whether u and v moved,
         self.written: list[int] = []  # and the versions of their weights
-        self.versions: list[int] = []  # of the weights
-        self.earlier: list[weakref.ref[RoundRecord]] = []
+        self.versions: Sequence[int] = ()
+        self.earlier: list[weakref.ref[Round]] = []
         self.root: object = None  # what was called
         self.checkpointed = False  # whether a layer used it without gradients, within its forward,
         self.repeated = False  # and whether a backward has asked for it again,
         self.moved = False  # and u and v have moved then
-        self.kept: list[RoundRecord] = []  # as ``earlier``, where no graph holds them
+        self.kept: list[Round] = []  # as ``earlier``, where no graph holds them
 
-    def waiting(self) -> list[RoundRecord]:
+    def fill(self, round_state: Tensor, stats: Tensor, versions: Sequence[int] = ()) -> None:
+        """Takes the numbers of the round when they are made, and the versions of its weights."""
+        self.round_state, self.stats, self.versions = round_state, stats, versions
+
+    def waiting(self) -> list[Round]:
         """Earlier rounds of these layers whose graphs live and have seen no backward."""
         alive = [*self.kept, *(ref() for ref in self.earlier)]
         return [r for r in alive if r is not None and not r.backward_seen]
+
+
+def versions_of(weights: Sequence[Tensor]) -> list[int]:
+    """What :func:`begin_backward` compares; -1 for inference tensors, which have no version."""
+    return [-1 if w.is_inference() else w._version for w in weights]
+
+
+def begin_backward(
+    plan: Plan,
+    record: Round | None,
+    weights: Sequence[Tensor],
+    versions: Sequence[int],
+    grads: Sequence[Tensor | None],
+) -> None:
+    """Tells a round's layers of a backward, and makes sure that its weights are still the same.
+
+    A node keeps its tensors itself, so autograd does not check them. RuntimeError names the layer.
+    """
+    if record is not None:
+        record.backward_seen = True
+        for layer in record.layers:
+            layer.backward_seen = True
+    for i, weight in enumerate(weights):
+        if grads[i] is not None and weight._version != versions[i]:
+            raise RuntimeError(
+                f"the weight of layer {plan.names[i]!r} was changed in place between its "
+                "normalisation and this backward (an optimiser step?); run the forward again "
+                "before the second backward"
+            )

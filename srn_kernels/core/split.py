@@ -26,16 +26,20 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from srn_kernels.core.plan import Plan
-from srn_kernels.core.record import RoundRecord
-from srn_kernels.maths.matrix import from_matrix, matrix, padded
-from srn_kernels.maths.scalars import (
-    NON_FINITE,
-    STABLE_RANK,
-    contraction,
-    gradient_coefficients,
-    layer_stats,
+from srn_kernels.core.record import Round, begin_backward, versions_of
+from srn_kernels.maths.matrix import from_matrix, matrix, padded, round_vectors
+from srn_kernels.maths.rules import choose, named
+from srn_kernels.maths.scalars import Stats, contraction, layer_stats, verdict
+from srn_kernels.maths.top_one import (
+    TOP_ONE,
+    evaluated,
+    gradient_of,
+    inner_products,
+    step,
+    times,
+    times_back,
+    unit,
 )
-from srn_kernels.maths.top_one import repeat_layer
 
 
 class Block(NamedTuple):
@@ -75,10 +79,11 @@ def block_of(weight: DTensor, dim: int, label: str) -> Block:
 def check(weight: DTensor, settings: Any, label: str) -> None:
     """Raises NotImplementedError, naming the layer, for what DTensor weights do not offer."""
     block_of(weight, settings.dim, label)
-    if settings.gradient != "frozen" or settings.preserve != 1 or settings.scales:
+    served = named(choose(settings.rule, settings.preserve)).split
+    if settings.gradient != "frozen" or not served or settings.scales:
         raise NotImplementedError(
-            f"{label} is a DTensor, for which there is gradient='frozen' and preserve=1 alone, and "
-            "no sigma_max or gain"
+            f"{label} is a DTensor, for which there is gradient='frozen' and preserve=1 alone, "
+            f"rule={TOP_ONE.name!r}, and no sigma_max or gain"
         )
 
 
@@ -104,15 +109,10 @@ def _placed(part: Tensor, where: slice, like: Tensor) -> Tensor:
     return whole
 
 
-def _unit(x: Tensor) -> tuple[Tensor, Tensor]:
-    norm = x.norm()
-    return x / torch.where(norm > 0, norm, 1.0), norm
-
-
 def measure(
     plan: Plan, weights: Sequence[Tensor], blocks: Sequence[Block], us: Any, vs: Any
 ) -> tuple[Tensor, Tensor]:
-    """A round's flat state and statistics, as :mod:`srn_kernels.ops` describes them.
+    """A round's flat state and statistics, as :mod:`srn_kernels.core.ops` describes them.
 
     ``weights``: this process's blocks in the weights' own shapes; ``us``, ``vs``: whole, updated in
     place where the plan iterates. Same results as the ops on whole weights, to rounding.
@@ -120,84 +120,61 @@ def measure(
     dtype = us[0].dtype
     mats = [matrix(w, d).to(dtype) for w, d in zip(weights, plan.dims, strict=True)]
     u, v = [x.double() for x in us], [x.double() for x in vs]
-    n = len(mats)
     frobenius = [torch.linalg.vector_norm(m, dtype=torch.float64).square() for m in mats]
-    sigma: list[Tensor] = [f.new_zeros(()) for f in frobenius]
-    usable: list[Tensor] = [f.isfinite() for f in frobenius]
-    empty = frobenius[0].new_empty(0)
-    for step in range(max(1, *plan.iterations)):
-        moving = [i for i in range(n) if plan.iterations[i] > step]
-        s = [empty] * n
-        across = [i for i in moving if blocks[i].across]
-        for i in across:
-            s[i] = (mats[i] @ v[i][blocks[i].columns].to(dtype)).double()
-        if across:
-            s = _sum_over_processes(s, blocks)
-        parts = [empty] * n
-        for i in moving:
-            block, m = blocks[i], mats[i]
-            if not block.across:
-                s[i] = (m @ v[i].to(dtype)).double()
-            # t grows as sigma squared: multiply by the unit vector first
-            unit, scale = _unit(s[i])
-            t = (m.T @ unit.to(dtype)).double() * scale
-            pieces = [t if not block.across else _placed(t, block.columns, v[i])]
-            if not block.across:
-                pieces.append(_placed(s[i], block.rows, u[i]))
-            if step == 0:
-                pieces.append(frobenius[i].reshape(1))
-            parts[i] = torch.cat(pieces)
-        if step == 0:
-            for i in range(n):
-                if plan.iterations[i] == 0:
-                    u[i], v[i] = _unit(u[i])[0], _unit(v[i])[0]
-                    s_part = mats[i] @ v[i][blocks[i].columns].to(dtype)
-                    own = torch.dot(u[i][blocks[i].rows], s_part.double())
-                    parts[i] = torch.stack([own, frobenius[i]])
+    nothing = frobenius[0].new_empty(0)
+    made: list[Any] = [None] * len(mats)
+    for number in range(max(1, *plan.iterations)):
+        moving = [n > number for n in plan.iterations]
+        s = [nothing] * len(mats)
+        for i, (m, block) in enumerate(zip(mats, blocks, strict=True)):
+            if moving[i]:
+                s[i] = times(m, v[i][block.columns])
+        s = _sum_over_processes(s, [b if b.across else b._replace(group=None) for b in blocks])
+        parts = [nothing] * len(mats)
+        for i, (m, block) in enumerate(zip(mats, blocks, strict=True)):
+            if moving[i]:
+                pieces = [_placed(times_back(m, s[i]), block.columns, v[i])]
+                if not block.across:
+                    pieces.append(_placed(s[i], block.rows, u[i]))
+            elif number == 0:
+                u[i], v[i] = unit(u[i])[0], unit(v[i])[0]
+                own = torch.dot(u[i][block.rows], times(m, v[i][block.columns]))
+                pieces = [own.reshape(1)]
+            else:
+                continue
+            parts[i] = torch.cat([*pieces, frobenius[i].reshape(1)] if number == 0 else pieces)
         sums = _sum_over_processes(parts, blocks)
-        for i in range(n):
-            if plan.iterations[i] == 0 and step == 0:
-                value, frobenius[i] = sums[i]
-                u[i] = torch.where(value < 0, -u[i], u[i])
-                sigma[i] = value.abs()
-        for i in moving:
-            t, rest = sums[i][: v[i].numel()], sums[i][v[i].numel() :]
-            if not blocks[i].across:
-                s[i], rest = rest[: u[i].numel()], rest[u[i].numel() :]
-            if step == 0:
-                frobenius[i] = rest[0]
-            (u[i], s_norm), (v[i], t_norm) = _unit(s[i]), _unit(t)
-            sigma[i] = t_norm / torch.where(s_norm > 0, s_norm, 1.0)
-            usable[i] = s_norm.isfinite() & (s_norm > 0) & t_norm.isfinite() & (t_norm > 0)
-    return _finish(plan, us, vs, u, v, torch.stack(sigma), torch.stack(frobenius), usable)
+        for i, total in enumerate(sums):
+            if number == 0:
+                total, frobenius[i] = total[:-1], total[-1]
+            if moving[i]:
+                t, rest = total[: v[i].numel()], total[v[i].numel() :]
+                made[i] = step(s[i] if blocks[i].across else rest, t)
+            elif number == 0:
+                made[i] = evaluated(u[i], v[i], total[0])
+            u[i], v[i] = made[i].u, made[i].v
+    return _finish(plan, us, vs, made, torch.stack(frobenius))
 
 
 def _finish(
-    plan: Plan,
-    us: Sequence[Tensor],
-    vs: Sequence[Tensor],
-    u: Sequence[Tensor],
-    v: Sequence[Tensor],
-    sigma: Tensor,
-    frobenius_sq: Tensor,
-    usable: Sequence[Tensor],
+    plan: Plan, us: Sequence[Tensor], vs: Sequence[Tensor], made: Sequence[Any], squares: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """From the sums to the scalars (the reference's formulas), and u, v to their places."""
+    """From each layer's last step and |W|_F^2 to its scalars, and u, v to their places."""
+    sigma, usable = torch.stack([x.sigma for x in made]), torch.stack([x.usable for x in made])
     known = {"dtype": torch.float64, "device": sigma.device}
     eps, ranks = torch.tensor(plan.eps, **known), torch.tensor(plan.target_ranks, **known)
-    finite = frobenius_sq.isfinite()
-    good = finite & torch.stack(list(usable)) & (sigma > eps)
-    broken = ~finite | ~sigma.isfinite()
-    q = (frobenius_sq / torch.where(good, sigma, 1.0).square() - 1.0).clamp_min(0.0)
-    active, gamma = contraction(q, ranks, good)
-    stats = layer_stats(sigma, frobenius_sq, q, gamma, active, good, broken)
+    finite = squares.isfinite()
+    seen = verdict(sigma, usable & finite, finite, eps)
+    q = (squares / torch.where(seen.good, sigma, 1.0).square() - 1.0).clamp_min(0.0)
+    active, gamma = contraction(q, ranks, seen.good)
+    stats = layer_stats(sigma, squares, q, gamma, active, seen)
     round_state = us[0].new_zeros(plan.state_size)
     for i, start in enumerate(plan.offsets):
         middle = start + padded(us[i].numel())
-        for old, new, place in ((us[i], u[i], start), (vs[i], v[i], middle)):
+        for old, new, place in ((us[i], made[i].u, start), (vs[i], made[i].v, middle)):
             new = new.to(old.dtype)
             if plan.iterations[i] > 0:  # a zero or non-finite weight leaves u and v as they were
-                new = torch.where(good[i], new, old)
+                new = torch.where(seen.good[i], new, old)
                 old.copy_(new)
             round_state[place : place + old.numel()] = new
     return round_state, stats
@@ -213,80 +190,57 @@ class SplitFunction(torch.autograd.Function):
     def forward(
         ctx: Any,
         plan: Plan,
-        record: RoundRecord | None,
+        record: Round | None,
         blocks: Sequence[Block],
         vectors: Sequence[tuple[Tensor, Tensor]],
         stats: Tensor,
         *weights: Tensor,
     ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        ctx.plan, ctx.record, ctx.blocks, ctx.vectors, ctx.stats = (
-            plan,
-            record,
-            blocks,
-            vectors,
-            stats,
-        )
+        ctx.plan, ctx.record, ctx.blocks = plan, record, blocks
+        ctx.vectors, ctx.stats = vectors, stats
         # Kept as in StableRankNormFunction: several backwards may reach one round.
-        ctx.tensors, ctx.versions = weights, [w._version for w in weights]
+        ctx.tensors, ctx.versions = weights, versions_of(weights)
         outs = []
-        for i, w in enumerate(weights):
-            u, v = vectors[i]
-            out = repeat_layer(w, u, v, stats[i], plan.dims[i])
+        for i, (w, (u, v)) in enumerate(zip(weights, vectors, strict=True)):
+            constants = (plan.target_ranks[i], plan.eps[i], plan.dims[i])
+            out = TOP_ONE.repeat_layer(w, u, v, stats[i], *constants)
             outs.append(out.to(plan.out_dtypes[i]))
         return tuple(outs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        plan, stats = ctx.plan, ctx.stats
-        if ctx.record is not None:
-            ctx.record.backward_seen = True
-            for layer in ctx.record.layers:
-                layer.backward_seen = True
+        plan = ctx.plan
+        begin_backward(plan, ctx.record, ctx.tensors, ctx.versions, grads)
         rows = [i for i, g in enumerate(grads) if g is not None]
         result: list[Tensor | None] = [None] * len(grads)
-        branch = stats[:, 6]
-        good, active = branch <= STABLE_RANK, branch == STABLE_RANK
-        sigma = torch.where(good, stats[:, 0], 1.0)
-        parts, scaled, matrices = [], [], []
+        layers, parts = [], []
         for i in rows:
-            w = ctx.tensors[i]
-            if w._version != ctx.versions[i]:
-                raise RuntimeError(
-                    f"the weight of layer {plan.names[i]!r} was changed in place between its "
-                    "normalisation and this backward (an optimiser step?); run the forward again "
-                    "before the second backward"
-                )
-            u, v = ctx.vectors[i]
-            scaled.append(matrix(w, plan.dims[i]).to(u.dtype) / sigma[i].to(u.dtype))
-            matrices.append(matrix(grads[i], plan.dims[i]).to(u.dtype))
-            g_w = (matrices[-1] * scaled[-1]).sum(dtype=torch.float64)
-            g_e = torch.dot(u, matrices[-1] @ v).double()
-            parts.append(torch.stack([g_w, g_e]))
+            (u, v), known = ctx.vectors[i], Stats(*ctx.stats[i])
+            sigma = torch.where(known.masks()[0], known.sigma, 1.0)
+            g, w = (matrix(x, plan.dims[i]).to(u.dtype) for x in (grads[i], ctx.tensors[i]))
+            layers.append((g, w / sigma.to(u.dtype), u, v))
+            parts.append(inner_products(*layers[-1]))
         sums = _sum_over_processes(parts, [ctx.blocks[i] for i in rows])
-        for g, w, i, (g_w, g_e) in zip(matrices, scaled, rows, sums, strict=True):
-            u, v = ctx.vectors[i]
-            moving = active[i] & (stats[i, 3] > 0)
-            x, y = gradient_coefficients(g_w, g_w - g_e, stats[i, 2], moving, active[i], good[i])
-            grad = g + x.to(u.dtype) * w + y.to(u.dtype) * torch.outer(u, v)
-            grad = torch.where(good[i], stats[i, 3] / sigma[i], 1.0).to(u.dtype) * grad
-            grad = torch.where(branch[i] == NON_FINITE, torch.full_like(grad, math.nan), grad)
-            like = ctx.tensors[i]
+        for i, layer, inner in zip(rows, layers, sums, strict=True):
+            known, like = Stats(*ctx.stats[i]), ctx.tensors[i]
+            sigma = torch.where(known.masks()[0], known.sigma, 1.0)
+            grad = gradient_of(*layer, inner, sigma, known.q, known.gamma, known)
             result[i] = from_matrix(grad, like, plan.dims[i]).to(like.dtype)
         return (None, None, None, None, None, *result)
 
 
 def run_split(
     plan: Plan,
-    record: RoundRecord | None,
+    record: Round | None,
     weights: Sequence[Tensor],
     us: Sequence[Tensor],
     vs: Sequence[Tensor],
     *finished: Tensor,
 ) -> tuple[Tensor, ...]:
-    """:func:`srn_kernels.autograd.run_round` for DTensor weights; W_hat is placed as its weight."""
-    if plan.preserve:
+    """:func:`srn_kernels.core.autograd.run_round` for DTensors; W_hat is placed as its weight."""
+    if not named(plan.rule).split:
         raise NotImplementedError(f"{plan.names[0]} is a DTensor, for which preserve has to be 1")
     blocks = [
         block_of(w, d, name) for w, d, name in zip(weights, plan.dims, plan.names, strict=True)
@@ -298,15 +252,11 @@ def run_split(
         else:
             round_state, stats = measure(plan, [w.detach() for w in local], blocks, us, vs)
         vectors = []
-        for i, (start, block) in enumerate(zip(plan.offsets, blocks, strict=True)):
-            middle = start + padded(us[i].numel())
-            u, v = (
-                round_state[start : start + us[i].numel()],
-                round_state[middle : middle + vs[i].numel()],
-            )
+        for w, start, dim, block in zip(weights, plan.offsets, plan.dims, blocks, strict=True):
+            u, v = round_vectors(round_state, start, w, dim)
             vectors.append((u[block.rows], v[block.columns]))
     if record is not None:
-        record.round_state, record.stats = round_state, stats
+        record.fill(round_state, stats)
     outs = SplitFunction.apply(plan, record, blocks, vectors, stats, *local)
     placed = [
         DTensor.from_local(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from srn_kernels.maths.matrix import from_matrix, matrix
-from srn_kernels.maths.scalars import STABLE_RANK
+from srn_kernels.maths.scalars import Stats
 
 
 class _Bound(torch.autograd.Function):
@@ -39,8 +39,8 @@ class _Bound(torch.autograd.Function):
         grad_through_sigma: bool,
         keep: bool,
     ) -> Tensor:
-        sigma = stats[0].to(u.dtype)
-        return w_hat * _factors(sigma, gain, stats, sigma_max, grad_through_sigma)[0]
+        tensors = (w_hat, weight, gain, u, v, stats)
+        return w_hat * _settled(tensors, sigma_max, grad_through_sigma)[0]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -68,10 +68,11 @@ class _Bound(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph: sigma as a function of W once more
             if kept and gain is not None and ctx.version not in (None, gain._version):
                 raise RuntimeError("the gain was changed in place before this backward")
-            sigma = stats[0].to(u.dtype)
+            known = Stats(*stats)
+            sigma = known.sigma.to(u.dtype)
             if sigma_max is not None:
                 sigma = u @ (matrix(weight, dim).to(u.dtype) @ v)
-            factors = _factors(sigma, gain, stats, sigma_max, through)
+            factors = _factors(sigma, gain, known, sigma_max, through)
         else:
             factors = ctx.factors if kept else _settled(tensors, sigma_max, through)
         factor, by_sigma, scale = factors
@@ -91,17 +92,18 @@ def _settled(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`_factors` at the round's own sigma."""
     _, _, gain, u, _, stats = tensors
-    return _factors(stats[0].to(u.dtype), gain, stats, sigma_max, through)
+    known = Stats(*stats)
+    return _factors(known.sigma.to(u.dtype), gain, known, sigma_max, through)
 
 
 def _factors(
-    sigma: Tensor, gain: Tensor | None, stats: Tensor, sigma_max: float | None, through: bool
+    sigma: Tensor, gain: Tensor | None, stats: Stats, sigma_max: float | None, through: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The factor of W_hat, its derivative by sigma, and itself without the gain."""
     one = torch.ones_like(sigma)
     scale, by_sigma = one, torch.zeros_like(sigma)
     if sigma_max is not None:
-        good, beyond = stats[6] <= STABLE_RANK, sigma > sigma_max
+        good, beyond = stats.masks()[0], sigma > sigma_max
         # sigma / max(1, sigma / s) = min(sigma, s)
         scale = torch.where(good, torch.where(beyond, sigma_max, sigma), one)
         divided = torch.zeros_like(one) if through else sigma_max / sigma.detach()

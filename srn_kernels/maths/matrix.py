@@ -32,20 +32,37 @@ def from_matrix(w: Tensor, like: Tensor, dim: int) -> Tensor:
     return w.reshape(rows, *shape).movedim(0, dim)
 
 
-def round_vectors(
-    round_state: Tensor, offset: int, weight: Tensor, dim: int
-) -> tuple[Tensor, Tensor]:
-    """Views of u and v in a round's flat state."""
+def matrix_shape(weight: Tensor, dim: int) -> tuple[int, int]:
+    """(rows, columns) of :func:`matrix`."""
     rows = weight.shape[dim]
-    columns = weight.numel() // rows
-    start = offset + padded(rows)
-    return round_state[offset : offset + rows], round_state[start : start + columns]
+    return rows, weight.numel() // rows
 
 
-def state_layout(shapes: Sequence[tuple[int, int]]) -> tuple[list[int], int]:
-    """Offsets of the layers' u in a round's flat state, and its size, from (rows, columns)."""
+def vector_shape(n: int, pairs: int) -> tuple[int, ...]:
+    """The shape of the u of n rows, or the v of n columns, of a layer that keeps ``pairs``."""
+    return (n,) if pairs == 1 else (n, pairs)
+
+
+def round_vectors(
+    round_state: Tensor, offset: int, weight: Tensor, dim: int, pairs: int = 1
+) -> tuple[Tensor, Tensor]:
+    """Views of u and v in a round's flat state, of :func:`vector_shape`."""
+    rows, columns = matrix_shape(weight, dim)
+    start = offset + padded(rows * pairs)
+    u = round_state[offset : offset + rows * pairs].view(vector_shape(rows, pairs))
+    return u, round_state[start : start + columns * pairs].view(vector_shape(columns, pairs))
+
+
+def first_vector(x: Tensor) -> Tensor:
+    """The u or v of the first pair; nothing where a layer keeps none."""
+    return x if x.dim() == 1 else x[:, :1].flatten()
+
+
+def state_layout(sizes: Sequence[tuple[int, int]]) -> tuple[list[int], int]:
+    """Offsets of the layers' u in a round's flat state, and its size, from the numbers of elements
+    of each layer's u and v."""
     offsets, size = [], 0
-    for rows, columns in shapes:
+    for of_u, of_v in sizes:
         offsets.append(size)
-        size += padded(rows) + padded(columns)
+        size += padded(of_u) + padded(of_v)
     return offsets, size

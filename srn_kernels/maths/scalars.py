@@ -2,14 +2,34 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 
-# Columns of a layer's float64 statistics, and the values of "branch"; csrc/scalars.h has the same.
-STATS = ("sigma", "frobenius_sq", "q", "gamma", "a", "b", "branch", "reserved")
-
-
+# Values of a layer's "branch"; csrc/scalars.h has the same.
 SPECTRAL, STABLE_RANK, PASS_THROUGH, NON_FINITE = range(4)
+
+
+class Stats(NamedTuple):
+    """A layer's float64 statistics by name, in the order of their columns; csrc/scalars.h has the
+    same. ``Stats(*stats[i])`` reads a layer, ``Stats(*stats.unbind(-1))`` all layers at once."""
+
+    sigma: Any  # u^T W v
+    frobenius_sq: Any  # |W|_F^2
+    q: Any  # |W|_F^2 / sigma^2 less the part that is kept
+    gamma: Any
+    a: Any  # W_hat = a W + b u v^T
+    b: Any
+    branch: Any
+    kept: Any  # how many singular values are kept, where that is counted; else 0
+
+    def masks(self) -> tuple[Tensor, Tensor]:
+        """Where sigma can be divided by, and where the stable-rank constraint is active."""
+        return self.branch <= STABLE_RANK, self.branch == STABLE_RANK
+
+
+STATS = Stats._fields
 
 
 def contraction(q: Tensor, target_rank: float | Tensor, good: Tensor) -> tuple[Tensor, Tensor]:
@@ -21,31 +41,41 @@ def contraction(q: Tensor, target_rank: float | Tensor, good: Tensor) -> tuple[T
     return active, torch.where(active, excess * torch.where(active, q, 1.0).rsqrt(), 1.0)
 
 
+class Verdict(NamedTuple):
+    """What a weight's norms say about it, elementwise."""
+
+    good: Tensor  # sigma can be divided by
+    broken: Tensor  # W is not finite
+
+
+def verdict(sigma: Tensor, usable: Tensor, finite: Tensor, eps: float | Tensor) -> Verdict:
+    """From sigma, whether u and v are ``usable`` and W is ``finite``.
+
+    0 / 0 in the iteration of a zero weight is not a non-finite weight.
+    """
+    return Verdict(usable & (sigma > eps), ~finite | ~sigma.isfinite())
+
+
 def layer_stats(
-    sigma: Tensor,
-    frobenius_sq: Tensor,
-    q: Tensor,
-    gamma: Tensor,
-    active: Tensor,
-    good: Tensor,
-    broken: Tensor,
+    sigma: Tensor, frobenius_sq: Tensor, q: Tensor, gamma: Tensor, active: Tensor, seen: Verdict
 ) -> Tensor:
-    """The columns of :data:`STATS`, from tensors of one shape; a = gamma / sigma, b = 1 - gamma."""
+    """The columns of :class:`Stats`, from tensors of one shape."""
+    good, broken = seen
     nan = torch.full_like(sigma, float("nan"))
     branch = torch.where(active, float(STABLE_RANK), float(SPECTRAL)).double()
     branch = torch.where(good, branch, float(PASS_THROUGH))
     branch = torch.where(broken, float(NON_FINITE), branch)
     a = torch.where(good, gamma / torch.where(good, sigma, 1.0), 1.0)
-    columns = [
-        sigma,
-        frobenius_sq,
-        torch.where(broken, nan, torch.where(good, q, 0.0)),
-        torch.where(broken, nan, gamma),
-        torch.where(broken, nan, a),
-        torch.where(broken, nan, torch.where(good, 1.0 - gamma, 0.0)),
-        branch,
-        torch.zeros_like(sigma),
-    ]
+    columns = Stats(
+        sigma=sigma,
+        frobenius_sq=frobenius_sq,
+        q=torch.where(broken, nan, torch.where(good, q, 0.0)),
+        gamma=torch.where(broken, nan, gamma),
+        a=torch.where(broken, nan, a),
+        b=torch.where(broken, nan, torch.where(good, 1.0 - gamma, 0.0)),
+        branch=branch,
+        kept=torch.zeros_like(sigma),
+    )
     return torch.stack(columns, dim=-1)
 
 

@@ -13,32 +13,15 @@ weight's device; k = 1 is what the kernels serve.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from srn_kernels.maths.matrix import from_matrix, matrix, padded, state_dtype
-from srn_kernels.maths.scalars import NON_FINITE, PASS_THROUGH, SPECTRAL, STABLE_RANK
-from srn_kernels.maths.top_one import NormalizedLayer
+from srn_kernels.maths.rule import Normalized, Rule
+from srn_kernels.maths.scalars import NON_FINITE, PASS_THROUGH, SPECTRAL, STABLE_RANK, Stats
 from srn_kernels.maths.turning import top_part_gradient
-
-
-def block_size(preserve: int, rows: int, columns: int) -> int:
-    """How many u, v a layer keeps: one for k = 0 and k = 1, never more than the matrix has."""
-    return max(1, min(preserve, rows, columns))
-
-
-def state_vectors(
-    round_state: Tensor, offset: int, weight: Tensor, dim: int, size: int
-) -> tuple[Tensor, Tensor]:
-    """Views (rows, size) and (columns, size) of u and v in a round's flat state."""
-    rows = weight.shape[dim]
-    columns = weight.numel() // rows
-    start = offset + padded(rows * size)
-    u = round_state[offset : offset + rows * size].view(rows, size)
-    return u, round_state[start : start + columns * size].view(columns, size)
 
 
 def _orthonormal(x: Tensor) -> Tensor:
@@ -118,179 +101,108 @@ def combine(w: Tensor, u: Tensor, v: Tensor, c: Coefficients) -> Tensor:
     return torch.addmm(w * c.a.to(w.dtype), u * c.b.to(u.dtype), v.mT)
 
 
-def normalize_layer(
-    weight: Tensor,
-    u: Tensor,
-    v: Tensor,
-    target_rank: float,
-    iterations: int,
-    eps: float,
-    dim: int,
-    preserve: int,
-    out_dtype: torch.dtype | None = None,
-) -> NormalizedLayer:
-    """One layer, as :func:`srn_kernels.reference.normalize_layer`, for any k = ``preserve``.
+class TopK(Rule):
+    """Theorem 1 for any k = ``preserve``. The last statistic is l, how many values are kept."""
 
-    u: (rows, size), v: (columns, size), or vectors for size 1, with size of :func:`block_size`;
-    not modified. iterations -1: u and v are a round's own, used as they are. The last statistic
-    is l, the number of values kept.
-    """
-    out_dtype = out_dtype or weight.dtype
-    with torch.no_grad():
-        w = matrix(weight, dim).to(state_dtype(weight.dtype))
-        given = (u.reshape(w.shape[0], -1), v.reshape(w.shape[1], -1))
-        # In float64, so that it is finite if and only if W is.
-        frobenius_sq = torch.linalg.vector_norm(w, dtype=torch.float64).square()
-        finite = bool(torch.stack([x.isfinite().all() for x in (frobenius_sq, *given)]).all())
-        new_u, new_v = given
-        if finite and iterations >= 0:
-            new_u, new_v = power_iteration(w, *given, iterations)
-        sigma = float(new_u[:, 0] @ (w @ new_v[:, 0]))
-        stats = torch.zeros(8, dtype=torch.float64, device=w.device)
-        if not finite or sigma != sigma or abs(sigma) == float("inf"):
-            row, w_hat = [*[float("nan")] * 6, NON_FINITE, 0], torch.full_like(w, float("nan"))
-            row[:2] = [sigma, float(frobenius_sq)]
-            new_u, new_v = given
-        elif sigma <= eps:
-            row, w_hat = [sigma, float(frobenius_sq), 0, 1, 1, 0, PASS_THROUGH, 0], w
-            new_u, new_v = given
-        else:
-            c = coefficients(w, new_u, new_v, target_rank, preserve, frobenius_sq)
-            w_hat = combine(w, new_u, new_v, c)
-            branch = STABLE_RANK if c.active else SPECTRAL
-            row = [sigma, *(float(x) for x in (frobenius_sq, c.q, c.gamma, c.a, c.b[0]))]
-            row += [branch, min(c.kept, preserve)]
-        stats.copy_(torch.tensor(row, dtype=torch.float64))
-        w_hat = from_matrix(w_hat, weight, dim).to(out_dtype)
-    return NormalizedLayer(w_hat, new_u.reshape(u.shape), new_v.reshape(v.shape), stats)
+    def __init__(self, preserve: int) -> None:
+        self.preserve = preserve
+        self.name = f"stable_rank:{preserve}"
 
+    def pairs(self, rows: int, columns: int) -> int:
+        """One for k = 0 and k = 1, never more than the matrix has."""
+        return max(1, min(self.preserve, rows, columns))
 
-def layer_gradient(
-    grad: Tensor,
-    weight: Tensor,
-    u: Tensor,
-    v: Tensor,
-    stats: Tensor,
-    target_rank: float,
-    dim: int,
-    preserve: int,
-    gradient: str,
-) -> Tensor:
-    """dL/dW from G = dL/dW_hat; with u and v constant itself differentiable in G and W.
-
-    L depends on W through a W and the scalars sigma_i, f of :class:`Coefficients`:
-    dL/dW = a G + sum_i dL/dsigma_i u_i v_i^T + 2 dL/dF W.
-    """
-    branch = int(stats[6])
-    if branch == PASS_THROUGH:
-        return grad.to(weight.dtype)
-    if branch == NON_FINITE:
-        return torch.full_like(weight, float("nan"))
-    dtype = state_dtype(weight.dtype)
-    w, g = matrix(weight, dim).to(dtype), matrix(grad, dim).to(dtype)
-    known = None if torch.is_grad_enabled() else stats[1]
-    c = coefficients(w, u, v, target_rank, preserve, known)
-    top, f, q, gamma, t = c.sigma[0], c.f, c.q, c.gamma, c.t
-    g_w = (g * (w / top.to(dtype))).sum(dtype=torch.float64)  # <G, W> / sigma_1
-    g_e = ((g @ v) * u).sum(0).double()  # u_i^T G v_i
-    by_t, by_f = torch.zeros_like(t), torch.zeros_like(f)
-    if c.active and gamma > 0:
-        here = torch.arange(len(t), device=w.device) < c.kept
-        if preserve == 0:
-            r, m = target_rank, ((target_rank - 1) * q).sqrt()
-            by_f = (m * g_e[0] - gamma * (g_w - g_e[0])) / (2 * q * r)
-        else:
-            by_gamma = g_w - torch.where(here, t * g_e, 0.0).sum()
-            by_f = -by_gamma * gamma / (2 * q)
-            by_total = by_gamma * (gamma - 1 / gamma) / (2 * q)
-            by_t = torch.where(here, (1 - gamma) * g_e + 2 * by_total * t, 0.0)
-    elif c.active and preserve > 1:
-        by_t = torch.where(torch.arange(len(t), device=w.device) < c.kept, g_e, 0.0)
-    rest = torch.cat([torch.zeros_like(by_t[:1]), by_t[1:]])  # t_1 = 1 does not change
-    by_top = -c.a * top * g_w - (rest * t).sum() - 2 * f * by_f
-    by_sigma = (rest + torch.cat([by_top.reshape(1), torch.zeros_like(t[1:])])) / top
-    result = g * c.a.to(dtype) + (w / top.to(dtype)) * (2 * by_f / top).to(dtype)
-    result = torch.addmm(result, u * by_sigma.to(dtype), v.mT)
-    if gradient == "exact" and c.active:
+    def normalize(
+        self, w: Tensor, u: Tensor, v: Tensor, target_rank: float, iterations: int, eps: float
+    ) -> Normalized:
         with torch.no_grad():
-            share = (c.b[0] / top).to(dtype)
-            here = torch.arange(len(t), device=w.device) < c.kept
-            part = top_part_gradient(g, w, u, c.sigma.to(dtype), v, here)
-            fixed = (u * torch.where(here, g_e, 0.0).to(dtype)) @ v.mT
-        result = result + share * (part - fixed)
-    return from_matrix(result, weight, dim).to(weight.dtype)
+            given = _blocks(u, v)
+            # In float64, so that it is finite if and only if W is.
+            frobenius_sq = torch.linalg.vector_norm(w, dtype=torch.float64).square()
+            finite = bool(torch.stack([x.isfinite().all() for x in (frobenius_sq, *given)]).all())
+            new_u, new_v = power_iteration(w, *given, iterations) if finite else given
+            sigma = float(new_u[:, 0] @ (w @ new_v[:, 0]))
+            known = {"sigma": sigma, "frobenius_sq": frobenius_sq}
+            if not finite or not math.isfinite(sigma):
+                (new_u, new_v), w_hat = given, torch.full_like(w, float("nan"))
+                stats = self.stats_of(w, NON_FINITE, **known)
+            elif sigma <= eps:
+                (new_u, new_v), w_hat = given, w
+                stats = self.stats_of(w, PASS_THROUGH, **known, q=0, gamma=1, a=1, b=0)
+            else:
+                c = coefficients(w, new_u, new_v, target_rank, self.preserve, frobenius_sq)
+                w_hat = combine(w, new_u, new_v, c)
+                branch, kept = STABLE_RANK if c.active else SPECTRAL, min(c.kept, self.preserve)
+                known |= {"q": c.q, "gamma": c.gamma, "a": c.a, "b": c.b[0], "kept": kept}
+                stats = self.stats_of(w, branch, **known)
+        return Normalized(w_hat, new_u.reshape(u.shape), new_v.reshape(v.shape), stats)
+
+    def repeat(
+        self, w: Tensor, u: Tensor, v: Tensor, stats: Tensor, target_rank: float, eps: float
+    ) -> Tensor:
+        known = Stats(*stats)
+        if known.branch == NON_FINITE:
+            return torch.full_like(w, float("nan"))
+        if known.branch == PASS_THROUGH:
+            return w
+        u, v = _blocks(u, v)
+        c = coefficients(w, u, v, target_rank, self.preserve, known.frobenius_sq)
+        return combine(w, u, v, c)
+
+    def gradient(
+        self, g: Tensor, w: Tensor, u: Tensor, v: Tensor, stats: Tensor, target_rank: float
+    ) -> Tensor:
+        """L depends on W through a W and the scalars sigma_i, f of :class:`Coefficients`:
+        dL/dW = a G + sum_i dL/dsigma_i u_i v_i^T + 2 dL/dF W.
+        """
+        known, (u, v), preserve, dtype = Stats(*stats), _blocks(u, v), self.preserve, w.dtype
+        if known.branch == PASS_THROUGH:
+            return g
+        if known.branch == NON_FINITE:
+            return torch.full_like(w, float("nan"))
+        settled = None if torch.is_grad_enabled() else known.frobenius_sq
+        c = coefficients(w, u, v, target_rank, preserve, settled)
+        top, f, q, gamma, t = c.sigma[0], c.f, c.q, c.gamma, c.t
+        g_w = (g * (w / top.to(dtype))).sum(dtype=torch.float64)  # <G, W> / sigma_1
+        g_e = ((g @ v) * u).sum(0).double()  # u_i^T G v_i
+        by_t, by_f = torch.zeros_like(t), torch.zeros_like(f)
+        here = torch.arange(len(t), device=w.device) < c.kept
+        if c.active and gamma > 0:
+            if preserve == 0:
+                r, m = target_rank, ((target_rank - 1) * q).sqrt()
+                by_f = (m * g_e[0] - gamma * (g_w - g_e[0])) / (2 * q * r)
+            else:
+                by_gamma = g_w - torch.where(here, t * g_e, 0.0).sum()
+                by_f = -by_gamma * gamma / (2 * q)
+                by_total = by_gamma * (gamma - 1 / gamma) / (2 * q)
+                by_t = torch.where(here, (1 - gamma) * g_e + 2 * by_total * t, 0.0)
+        elif c.active and preserve > 1:
+            by_t = torch.where(here, g_e, 0.0)
+        rest = torch.cat([torch.zeros_like(by_t[:1]), by_t[1:]])  # t_1 = 1 does not change
+        by_top = -c.a * top * g_w - (rest * t).sum() - 2 * f * by_f
+        by_sigma = (rest + torch.cat([by_top.reshape(1), torch.zeros_like(t[1:])])) / top
+        result = g * c.a.to(dtype) + (w / top.to(dtype)) * (2 * by_f / top).to(dtype)
+        return torch.addmm(result, u * by_sigma.to(dtype), v.mT)
+
+    def exact_part(
+        self, g: Tensor, w: Tensor, u: Tensor, v: Tensor, stats: Tensor, target_rank: float
+    ) -> Tensor | None:
+        """b_1 / sigma_1 times what the kept part's own turning adds to its fixed gradient."""
+        known = Stats(*stats)
+        if known.branch != STABLE_RANK:
+            return None
+        u, v = _blocks(u, v)
+        c = coefficients(w, u, v, target_rank, self.preserve, known.frobenius_sq)
+        here = torch.arange(len(c.t), device=w.device) < c.kept
+        turned = top_part_gradient(g, w, u, c.sigma.to(w.dtype), v, here)
+        fixed = (u * torch.where(here, ((g @ v) * u).sum(0), 0.0)) @ v.mT
+        return (c.b[0] / c.sigma[0]).to(w.dtype) * (turned - fixed)
+
+    def note(self, stats: Tensor) -> str:
+        kept = int(Stats(*stats).kept)
+        return f"keeps the top {kept} of preserve={self.preserve}; plain PyTorch (reference)"
 
 
-def normalize(
-    weights: Sequence[Tensor],
-    us: Sequence[Tensor],
-    vs: Sequence[Tensor],
-    outs: Sequence[Tensor],
-    round_state: Tensor,
-    stats: Tensor,
-    offsets: Sequence[int],
-    target_ranks: Sequence[float],
-    iterations: Sequence[int],
-    dims: Sequence[int],
-    eps: Sequence[float],
-    preserve: Sequence[int],
-) -> None:
-    """The op normalize_block: as the op normalize, with k of each layer."""
-    with torch.no_grad():
-        for i, (weight, u, v) in enumerate(zip(weights, us, vs, strict=True)):
-            rows = weight.shape[dims[i]]
-            size = block_size(preserve[i], rows, weight.numel() // rows)
-            round_u, round_v = state_vectors(round_state, offsets[i], weight, dims[i], size)
-            pair = (round_u, round_v) if iterations[i] < 0 else (u, v)
-            layer = normalize_layer(
-                weight,
-                *pair,
-                target_ranks[i],
-                iterations[i],
-                eps[i],
-                dims[i],
-                preserve[i],
-                outs[i].dtype,
-            )
-            if iterations[i] >= 0:
-                round_u.copy_(layer.u.reshape(round_u.shape))
-                round_v.copy_(layer.v.reshape(round_v.shape))
-                stats[i].copy_(layer.stats)
-            if iterations[i] > 0:
-                u.copy_(layer.u)
-                v.copy_(layer.v)
-            outs[i].copy_(layer.weight)
-
-
-def normalize_backward(
-    grads: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    round_state: Tensor,
-    stats: Tensor,
-    grad_weights: Sequence[Tensor],
-    rows: Sequence[int],
-    offsets: Sequence[int],
-    target_ranks: Sequence[float],
-    dims: Sequence[int],
-    preserve: Sequence[int],
-    gradient: str,
-) -> None:
-    """The op normalize_block_backward."""
-    with torch.no_grad():
-        for i, (grad, weight) in enumerate(zip(grads, weights, strict=True)):
-            n = weight.shape[dims[i]]
-            size = block_size(preserve[i], n, weight.numel() // n)
-            u, v = state_vectors(round_state, offsets[i], weight, dims[i], size)
-            grad_weights[i].copy_(
-                layer_gradient(
-                    grad,
-                    weight,
-                    u,
-                    v,
-                    stats[rows[i]],
-                    target_ranks[i],
-                    dims[i],
-                    preserve[i],
-                    gradient,
-                )
-            )
+def _blocks(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """(rows, pairs) and (columns, pairs), also of a single pair."""
+    return u.reshape(len(u), -1), v.reshape(len(v), -1)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from srn_kernels.core.record import RoundRecord
+from srn_kernels.core.record import Round
 from srn_kernels.model import recompute, rounds
 from srn_kernels.model.freshness import State
 from srn_kernels.model.hooks import Guard
@@ -224,7 +224,7 @@ def _must_converge(entry: NormalizedWeight) -> bool:
 
 
 def finish(
-    root: object, seen: rounds.Seen, iterations: Sequence[int], before: Sequence[RoundRecord]
+    root: object, seen: rounds.Seen, iterations: Sequence[int], before: Sequence[Round]
 ) -> None:
     """What a round leaves in its weights: u and v that fit, and its own record."""
     for entry, weight, n in zip(seen.entries, seen.weights, iterations, strict=True):

@@ -95,7 +95,7 @@ def divide(
     for entry in entries:
         unit = group.units.get(id(entry.sites[0][0]))
         entry.fit.managed = entry.fit.managed or unit is not None
-        if unit is not None and is_split(entry.weight) and entry.settings.preserve != 1:
+        if unit is not None and is_split(entry.weight) and not entry.settings.chosen_rule.split:
             continue  # what is summed over processes does not tell several singular values
         (here if unit is None or not is_split(entry.weight) else shards).append(entry)
     if not shards or _is_measured(shards):

@@ -95,7 +95,7 @@ def _adopt(state_dict: dict[str, Any], prefix: str, name: str, entry: Normalized
         for suffix, drawn in zip(("_u", "_v"), entry.drawn_state(), strict=True):
             single = state_dict.pop(key + suffix, None)
             if single is not None and single.shape == drawn.shape[:1]:
-                drawn[:, 0] = single
+                drawn[:, :1] = single.unsqueeze(1)
             getattr(entry, suffix[1:]).copy_(drawn)
     complete = key + "_u" in state_dict and key + "_v" in state_dict
     if not complete:

@@ -15,11 +15,11 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from srn_kernels.core.record import RoundRecord
+from srn_kernels.core.record import Round
 from srn_kernels.model.freshness import version_of
 from srn_kernels.model.weight import NormalizedWeight
 
-Place = tuple[RoundRecord, int]  # a round, and a layer's place in it
+Place = tuple[Round, int]  # a round, and a layer's place in it
 
 
 def in_backward() -> bool:
@@ -32,13 +32,13 @@ def _is_reentrant() -> bool:
     return hooks is None or hooks[0].__module__ != "torch.utils.checkpoint"
 
 
-def records_of(entries: Sequence[NormalizedWeight]) -> list[RoundRecord]:
+def records_of(entries: Sequence[NormalizedWeight]) -> list[Round]:
     """The distinct last rounds of ``entries``."""
     return list({id(e.record[0]): e.record[0] for e in entries if e.record is not None}.values())
 
 
 def link_waiting(
-    root: object, entries: Sequence[NormalizedWeight], before: Sequence[RoundRecord]
+    root: object, entries: Sequence[NormalizedWeight], before: Sequence[Round]
 ) -> None:
     """Links the rounds of ``entries`` just made to those before them that wait for a backward."""
     waiting = {id(x): x for record in before for x in (record, *record.waiting())}

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from srn_kernels import backends
 from srn_kernels.core.arguments import is_dense
 from srn_kernels.core.autograd import plain_eager, refuse_batched, run_round
+from srn_kernels.core.guard import are_plain, check_tensor, serving
 from srn_kernels.core.plan import Plan, make_plan
-from srn_kernels.core.record import RoundRecord
+from srn_kernels.core.record import Round
 from srn_kernels.maths.bound import bounded
-from srn_kernels.maths.matrix import round_vectors, state_dtype
-from srn_kernels.maths.top_k import block_size, state_vectors
+from srn_kernels.maths.matrix import first_vector, round_vectors, state_dtype
 from srn_kernels.model.freshness import State, is_split
 from srn_kernels.model.weight import NormalizedWeight, hidden
 
@@ -32,7 +32,8 @@ class Kind(NamedTuple):
     state_dtype: torch.dtype
     backend: str
     gradient: str
-    block: bool
+    rule: str
+    alone: str  # the label of a tensor subclass, which is a call of its own
 
 
 class Layer:
@@ -47,14 +48,15 @@ class Layer:
         self.rows = 1 if vector else weight.shape[settings.dim]
         self.columns = weight.numel() // self.rows
         self.target_rank = settings.target_rank(self.rows, self.columns)
-        block = settings.preserve != 1
+        self.rule, split = settings.chosen_rule, is_split(weight)
         self.kind = Kind(
             weight.device,
-            is_split(weight),
+            split,
             state_dtype(weight.dtype),
-            "reference" if block else settings.backend,
+            settings.backend if self.rule.kernels else "reference",
             settings.gradient,
-            block,
+            self.rule.name,
+            "" if split or _is_plain(weight) else entry.label,
         )
         self.tied = len(entry.sites) > 1
         self.n_power_iterations = settings.n_power_iterations
@@ -70,12 +72,12 @@ class Layer:
             weight.shape == self.shape
             and weight.device == self.device
             and is_split(weight) is self.kind.split
+            and (self.kind.split or _is_plain(weight) is not bool(self.kind.alone))
         )
 
-    @property
-    def pairs(self) -> int:
-        """How many u and v the layer keeps."""
-        return block_size(self.settings.preserve, self.rows, self.columns)
+
+def _is_plain(weight: Tensor) -> bool:
+    return torch.compiler.is_compiling() or are_plain([weight])
 
 
 class Seen(NamedTuple):
@@ -111,6 +113,8 @@ def look(entries: Sequence[NormalizedWeight]) -> Seen:
             or layer.dtype is not weight.dtype
             or not (fit or layer.describes(weight))
         ):
+            if not compiling:
+                check_tensor(weight, entry.label)
             layer = Layer(entry, weight)
             if not compiling:
                 _check_vectors(entry, layer)
@@ -138,8 +142,9 @@ def _explain(seen: Seen) -> None:
 
 def _check_vectors(entry: NormalizedWeight, layer: Layer) -> None:
     """Raises for a weight that was given another shape or dtype behind our back (``.data``)."""
+    pairs = layer.rule.pairs(layer.rows, layer.columns)
     for x, size in ((entry.u, layer.rows), (entry.v, layer.columns)):
-        right = x.numel() == size * layer.pairs and x.dtype == layer.kind.state_dtype
+        right = x.numel() == size * pairs and x.dtype == layer.kind.state_dtype
         if not right or x.device != layer.device:
             raise RuntimeError(
                 f"layer {layer.label!r}: its weight is now {layer.dtype} of shape "
@@ -190,7 +195,7 @@ def _plan(
         tuple(x.label for x in layers),
         backend,
         layers[0].settings.gradient,
-        tuple(x.settings.preserve for x in layers) if layers[0].kind.block else (),
+        layers[0].rule.name,
     )
 
 
@@ -198,14 +203,18 @@ _cached_parts = functools.lru_cache(maxsize=256)(_parts)
 _cached_plan = functools.lru_cache(maxsize=256)(_plan)
 
 
-def _plan_of(
-    kind: Kind, layers: Sequence[Layer], iterations: Sequence[int], out_dtypes: Any = None
-) -> Plan:
+def _plan_of(kind: Kind, seen: Seen, iterations: Sequence[int], out_dtypes: Any = None) -> Plan:
+    if kind.split:
+        backend = "reference"  # what runs is core.split
+    elif kind.alone:
+        backend = serving(kind.backend, seen.weights, [kind.alone])
+    else:
+        backend = backends.resolve(kind.backend, kind.device.type, kind.state_dtype)
     return (_plan if torch.compiler.is_compiling() else _cached_plan)(
-        tuple(layers),
+        tuple(seen.layers),
         tuple(iterations),
         autocast_dtype(kind.device.type),
-        backends.resolve(kind.backend, kind.device.type, kind.state_dtype),
+        backend,
         out_dtypes,
     )
 
@@ -259,8 +268,8 @@ def _run(
     kind: Kind, seen: Seen, iterations: Sequence[int], keep: bool, early: bool
 ) -> Sequence[Tensor]:
     """:func:`normalize` of the layers of one op call."""
-    plan = _plan_of(kind, seen.layers, iterations)
-    record = RoundRecord(plan, [e.fit for e in seen.entries]) if keep else None
+    plan = _plan_of(kind, seen, iterations)
+    record = Round(plan, [e.fit for e in seen.entries]) if keep else None
     try:
         results = _runner(kind, seen)(plan, record, _matrices(seen.weights), seen.us, seen.vs)
     except (RuntimeError, ValueError, TypeError, IndexError):
@@ -293,11 +302,8 @@ def _bounded(
 ) -> Tensor:
     """W_hat with its soft bound and gain, from the round's own u, v and scalars."""
     weight, dim, offset = entry.matrix_weight(), plan.dims[place], plan.offsets[place]
-    if plan.preserve:
-        size = block_size(plan.preserve[place], *entry.matrix_shape())
-        u, v = (x[:, 0] for x in state_vectors(round_state, offset, weight, dim, size))
-    else:
-        u, v = round_vectors(round_state, offset, weight, dim)
+    pair = round_vectors(round_state, offset, weight, dim, plan.pairs[place])
+    u, v = (first_vector(x) for x in pair)
     s = entry.settings
     return bounded(
         out,
@@ -313,21 +319,21 @@ def _bounded(
     )
 
 
-def measure(seen: Seen, iterations: Sequence[int]) -> RoundRecord:
+def measure(seen: Seen, iterations: Sequence[int]) -> Round:
     """A round of DTensor weights without its W_hat: u, v move, and what W_hat needs is kept."""
     from srn_kernels.core import split
 
     weights = _matrices([w.detach() for w in seen.weights])
     plan = _cached_plan(tuple(seen.layers), tuple(iterations), None, "reference", ())
     blocks = [split.block_of(w, x.dim, x.label) for w, x in zip(weights, seen.layers, strict=True)]
-    record = RoundRecord(plan, [e.fit for e in seen.entries])
+    record = Round(plan, [e.fit for e in seen.entries])
     local = [w.to_local() for w in weights]
     record.round_state, record.stats = split.measure(plan, local, blocks, seen.us, seen.vs)
     return record
 
 
 def repeat(
-    entries: Sequence[NormalizedWeight], records: Sequence[tuple[RoundRecord, int]]
+    entries: Sequence[NormalizedWeight], records: Sequence[tuple[Round, int]]
 ) -> list[Tensor]:
     """W_hat of the given rounds once more, bit for bit, on nodes of their own.
 
@@ -344,14 +350,14 @@ def repeat(
         record, places = records[part[0]][0], [records[i][1] for i in part]
         dtypes = record.plan.out_dtypes  # none where shards were measured
         wanted = tuple([dtypes[p] for p in places]) if dtypes else None
-        plan = _plan_of(kind, seen.layers, (-1,) * len(part), wanted)
+        plan = _plan_of(kind, seen, (-1,) * len(part), wanted)
         round_state, stats = record.round_state, record.stats
         if len(part) < len(record.plan.dims):
             bounds = [*record.plan.offsets, record.plan.state_size]
             round_state = torch.cat([round_state[bounds[p] : bounds[p + 1]] for p in places])
             stats = stats[places]
         # Its backward counts as one of the original round.
-        kept = RoundRecord(plan, [*(e.fit for e in seen.entries), record])
+        kept = Round(plan, [*(e.fit for e in seen.entries), record])
         vectors = (seen.us, seen.vs, round_state, stats)
         results = _runner(kind, seen)(plan, kept, _matrices(seen.weights), *vectors)
         for i, out in zip(part, _finish(seen, plan, results), strict=True):
@@ -395,7 +401,7 @@ def move(seen: Seen, iterations: Sequence[int]) -> None:
     refuse_batched(seen.weights)
     for kind, places in _cached_parts(tuple(seen.layers)):
         part = seen.part(places)
-        plan = _plan_of(kind, part.layers, [iterations[i] for i in places])
+        plan = _plan_of(kind, part, [iterations[i] for i in places])
         _runner(kind, part)(plan, None, _matrices(part.weights), part.us, part.vs)
 
 

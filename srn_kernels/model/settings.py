@@ -12,6 +12,9 @@ from srn_kernels.core.arguments import (
     check_gradient,
     effective_rank,
 )
+from srn_kernels.maths.rule import Rule
+from srn_kernels.maths.rules import check_rule, choose, named
+from srn_kernels.maths.top_one import TOP_ONE
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,7 @@ class Settings:
     sigma_max: float | None = None
     grad_through_sigma: bool = True
     gain: bool = False
+    rule: str = TOP_ONE.name
 
     def __post_init__(self) -> None:
         check_ratio(self.rank_ratio)
@@ -49,11 +53,22 @@ class Settings:
         for argument in ("grad_through_sigma", "gain"):
             if not isinstance(getattr(self, argument), bool):
                 raise TypeError(f"{argument} must be a bool, got {getattr(self, argument)!r}")
-        if self.preserve != 1 and self.backend not in ("auto", "reference"):
+        check_rule(self.rule)
+        rule, what = self.chosen_rule, f"preserve={self.preserve}"
+        if self.preserve == 1:
+            what = f"rule={self.rule!r}"
+        if not rule.kernels and self.backend not in ("auto", "reference"):
             raise ValueError(
-                f"preserve={self.preserve} is served by plain PyTorch, backend 'auto' or "
-                f"'reference', not by {self.backend!r}"
+                f"{what} is served by plain PyTorch, backend 'auto' or 'reference', not by "
+                f"{self.backend!r}"
             )
+        if self.sigma_max is not None and not rule.pairs(1, 1):
+            raise ValueError(f"{what} knows no sigma for sigma_max={self.sigma_max} to bound")
+
+    @property
+    def chosen_rule(self) -> Rule:
+        """What ``rule`` and ``preserve`` come to."""
+        return named(choose(self.rule, self.preserve))
 
     @property
     def scales(self) -> bool:

@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import copy
 import zlib
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from srn_kernels.core.arguments import FLOATING
-from srn_kernels.core.record import RoundRecord
-from srn_kernels.maths.matrix import state_dtype
-from srn_kernels.maths.top_k import block_size
+from srn_kernels.core.guard import check_new, check_tensor
+from srn_kernels.core.record import Round
+from srn_kernels.maths.matrix import state_dtype, vector_shape
 from srn_kernels.model.freshness import Freshness, State, is_split, version_of
 from srn_kernels.model.settings import Settings
-
-if TYPE_CHECKING:
-    from srn_kernels.model.rounds import Layer
 
 KEY = "_srn"  # module.__dict__[KEY]: {parameter name: NormalizedWeight}
 
@@ -49,10 +45,10 @@ class NormalizedWeight:
     def _start(self) -> None:
         self.shadow: Any = None  # the Shadow whose W_hat is in front of the parameter now
         self.shadowed = False  # whether any is, also in a traced round
-        self.pending: tuple[RoundRecord, int] | None = None  # measured, but W_hat is not made yet
-        self.record: tuple[RoundRecord, int] | None = None  # the last round, and our place in it
-        self.apart: tuple[RoundRecord, int] | None = None  # the last without gradients in training
-        self.layer: Layer | None = None  # what rounds know of it beside its tensors
+        self.pending: tuple[Round, int] | None = None  # measured, but W_hat is not made yet
+        self.record: tuple[Round, int] | None = None  # the last round, and our place in it
+        self.apart: tuple[Round, int] | None = None  # the last without gradients in training
+        self.layer: Any = None  # what rounds know of it beside its tensors
 
     # A copy keeps the state of u and v: the Parameter and the vectors are copied along with it, so
     # that a later replacement of the copy's own is seen.
@@ -184,9 +180,9 @@ class NormalizedWeight:
             zlib.crc32(f"{self.label}:{tuple(weight.shape)}".encode())
         )
         dtype = state_dtype(weight.dtype)
-        rows, columns = self.matrix_shape()
-        size = block_size(self.settings.preserve, rows, columns)
-        shapes = [(n,) if size == 1 else (n, size) for n in (rows, columns)]
+        sizes = self.matrix_shape()
+        pairs = self.settings.chosen_rule.pairs(*sizes)
+        shapes = [vector_shape(n, pairs) for n in sizes]
         drawn = [
             torch.randn(n, generator=generator, dtype=torch.float64, device="cpu") for n in shapes
         ]
@@ -220,10 +216,11 @@ def check_weight(module: nn.Module, weight: Tensor | None, label: str) -> None:
         raise ValueError(f"{label} is None")
     if isinstance(weight, nn.parameter.UninitializedTensorMixin):
         raise ValueError(f"{label} is not initialised yet: run a forward of its lazy module first")
-    if weight.dtype not in FLOATING:
-        raise TypeError(f"{label} must be real floating-point, got {weight.dtype}")
+    check_tensor(weight, label)
     if weight.dim() == 0:
         raise ValueError(f"{label} must have at least one dimension")
+    check_new(weight, label)
+    check_new(weight, label)
     if getattr(weight, "_fsdp_flattened", False):
         raise ValueError(
             f"{label} is flattened by FullyShardedDataParallel (FSDP1), which is not supported; "

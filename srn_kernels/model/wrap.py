@@ -68,6 +68,7 @@ def stable_rank_norm(
     sigma_max: float | None = None,
     grad_through_sigma: bool = True,
     gain: bool = False,
+    rule: str = "stable_rank",
 ) -> nn.Module:
     """Normalises one parameter of one layer (arXiv 1906.04659, Algorithm 2).
 
@@ -97,6 +98,8 @@ def stable_rank_norm(
         grad_through_sigma: whether the gradient goes through the divisor max(1, sigma / s).
         gain: multiplies W_hat by a learnable Parameter ``<name>_gain`` (1,), 1 at first, which the
             layer gains; create the optimiser afterwards.
+        rule: the normalisation, "stable_rank" or the name of one that
+            :func:`srn_kernels.register_rule` was given, which then says what the options mean.
 
     Raises:
         ValueError, TypeError: naming the argument; the module is as it was.
@@ -118,6 +121,7 @@ def stable_rank_norm(
             "sigma_max": sigma_max,
             "grad_through_sigma": grad_through_sigma,
             "gain": gain,
+            "rule": rule,
         },
     )
     if type(module) is _ATTENTION_OUTPUT:
@@ -152,6 +156,7 @@ def spectral_norm(
     sigma_max: float | None = None,
     grad_through_sigma: bool = True,
     gain: bool = False,
+    rule: str = "stable_rank",
 ) -> nn.Module:
     """:func:`stable_rank_norm` with rank_ratio 1, and torch's own order of arguments."""
     return stable_rank_norm(
@@ -169,6 +174,7 @@ def spectral_norm(
         sigma_max=sigma_max,
         grad_through_sigma=grad_through_sigma,
         gain=gain,
+        rule=rule,
     )
 
 
@@ -191,6 +197,7 @@ def apply_stable_rank_norm(
     sigma_max: float | None = None,
     grad_through_sigma: bool = True,
     gain: bool = False,
+    rule: str = "stable_rank",
     groups: int = 1,
 ) -> nn.Module:
     """Normalises every layer of a model, one fused round per forward of ``model``.
@@ -198,7 +205,7 @@ def apply_stable_rank_norm(
     Args:
         model: modified in place and returned. Layers that are normalised already stay as they are.
         rank_ratio, n_power_iterations, eps, dim, stable_rank, init_iterations, backend, gradient,
-            preserve, sigma_max, grad_through_sigma, gain: see :func:`stable_rank_norm`.
+            preserve, sigma_max, grad_through_sigma, gain, rule: see :func:`stable_rank_norm`.
         include, exclude: module names, globs ("blocks.*.conv1"), or a callable
             ``(name, module) -> bool``. A pattern that matches no candidate raises ValueError.
         layer_types: classes in place of Linear, Conv1-3d and ConvTranspose1-3d; recurrent layers,
@@ -223,6 +230,7 @@ def apply_stable_rank_norm(
         "sigma_max": sigma_max,
         "grad_through_sigma": grad_through_sigma,
         "gain": gain,
+        "rule": rule,
     }
     check_count(groups, "groups", 1)
     added, skipped = select(

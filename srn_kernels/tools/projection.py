@@ -14,7 +14,7 @@ from srn_kernels.maths.matrix import state_dtype
 from srn_kernels.model.select import Pattern, select
 from srn_kernels.model.weight import NormalizedWeight
 
-_MEANINGLESS = {"gradient", "preserve", "sigma_max", "grad_through_sigma", "gain"}
+_MEANINGLESS = {"gradient", "preserve", "sigma_max", "grad_through_sigma", "gain", "rule"}
 
 
 class Projection:

@@ -9,10 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from srn_kernels.maths import top_k
-from srn_kernels.maths.matrix import matrix
-from srn_kernels.maths.scalars import STABLE_RANK
-from srn_kernels.maths.top_one import normalize_layer
+from srn_kernels.maths.matrix import first_vector, matrix
+from srn_kernels.maths.scalars import STABLE_RANK, Stats
 from srn_kernels.model import root
 from srn_kernels.model.rounds import current_weights, settled
 from srn_kernels.model.weight import NormalizedWeight, is_split
@@ -26,7 +24,7 @@ class LayerReport:
 
     name: str
     shape: tuple[int, int]  # of the matrix view: rows, columns
-    sigma: float  # u^T W v, the estimate in use
+    sigma: float  # u^T W v, the estimate in use, or |W|_2 where the rule keeps no u, v
     stable_rank: float  # of W, |W|_F^2 / sigma^2
     normalized_stable_rank: float  # of W_hat, by its own singular values' bound |W_hat|_F^2
     target: float  # r; inf: spectral norm alone
@@ -103,32 +101,31 @@ def _row(entry: NormalizedWeight, note: str) -> LayerReport:
         if is_split(weight):  # only for looking at; all processes have to ask for the report
             weight = weight.full_tensor()
         dim = entry.settings.dim if entry.weight.dim() > 1 else 0
-        settings, k = entry.settings, entry.settings.preserve
-        arguments = (weight, u, v, entry.target_rank(), 0, settings.eps, dim)
-        if k == 1:
-            layer = normalize_layer(*arguments, torch.float64)
-        else:
-            layer = top_k.normalize_layer(*arguments, k, torch.float64)
-            kept = f"keeps the top {int(layer.stats[7])} of preserve={k}; plain PyTorch (reference)"
-            note = f"{note}; {kept}" if note else kept
-        factors = [f"sigma_max={settings.sigma_max:g}"] if settings.sigma_max else []
-        factors += [f"gain {entry.gain.item():.4g}"] if settings.gain else []
-        note = "; ".join([*([note] if note else []), *factors])
-        sigma, frobenius_sq, _, gamma, *_ = layer.stats.tolist()
-        w_hat = matrix(layer.weight, dim)
-        u, v = (x.reshape(len(x), -1)[:, 0] for x in (layer.u, layer.v))
-        own_sigma = (u.double() @ w_hat @ v.double()).item()
+        settings, rule = entry.settings, entry.settings.chosen_rule
+        target = entry.target_rank()
+        layer = rule.normalize_layer(weight, u, v, target, 0, settings.eps, dim, torch.float64)
+        notes = [note, rule.note(layer.stats)]
+        notes += [f"sigma_max={settings.sigma_max:g}"] if settings.sigma_max else []
+        notes += [f"gain {entry.gain.item():.4g}"] if settings.gain else []
+        seen = Stats(*layer.stats.tolist())
+        w_hat, sigma = matrix(layer.weight, dim), seen.sigma
+        if rule.pairs(rows, columns):
+            u, v = (first_vector(x).double() for x in (layer.u, layer.v))
+            own_sigma = (u @ w_hat @ v).item()
+        else:  # a rule without vectors has no estimate in use
+            w = matrix(weight, dim).double()
+            sigma, own_sigma = (torch.linalg.matrix_norm(x, 2).item() for x in (w, w_hat))
         normalized = w_hat.square().sum().item() / own_sigma**2 if own_sigma else 0.0
     return LayerReport(
         name=entry.label,
         shape=(rows, columns),
         sigma=sigma,
-        stable_rank=frobenius_sq / sigma**2 if sigma else 0.0,
+        stable_rank=seen.frobenius_sq / sigma**2 if sigma else 0.0,
         normalized_stable_rank=normalized,
-        target=entry.target_rank(),
-        gamma=gamma,
-        active=layer.stats[6].item() == STABLE_RANK,
-        note=note,
+        target=target,
+        gamma=seen.gamma,
+        active=seen.branch == STABLE_RANK,
+        note="; ".join(filter(None, notes)),
     )
 
 
@@ -218,7 +215,7 @@ class History:
 
 def _is_current(entry: NormalizedWeight) -> bool:
     """Whether the last eager round is the last that moved u (a compiled one leaves no record)."""
-    if entry.record is None:
+    if entry.record is None or not entry.u.numel():
         return False
     record, place = entry.record
     offset = record.plan.offsets[place]
@@ -226,14 +223,14 @@ def _is_current(entry: NormalizedWeight) -> bool:
 
 
 def _numbers(stats: Sequence[float], target_rank: float) -> dict[str, float]:
-    sigma, frobenius_sq, _, gamma, _, _, branch, _ = stats
-    rank = frobenius_sq / sigma**2 if sigma else 0.0
-    active = branch == STABLE_RANK
+    seen = Stats(*stats)
+    rank = seen.frobenius_sq / seen.sigma**2 if seen.sigma else 0.0
+    active = seen.branch == STABLE_RANK
     return {
-        "sigma": sigma,
+        "sigma": seen.sigma,
         "stable_rank": rank,
         # |W_hat|_F^2 = r exactly where the constraint acts, and W / sigma has W's otherwise.
         "normalized_stable_rank": target_rank if active else rank,
-        "gamma": gamma,
+        "gamma": seen.gamma,
         "active": float(active),
     }

@@ -80,6 +80,7 @@ class Call(NamedTuple):
             self.iterations,
             self.dims,
             [1e-12] * len(self.weights),
+            "stable_rank",
             backend,
         )
 
@@ -152,6 +153,9 @@ def check_call(
         rows,
         [call.offsets[i] for i in rows],
         [call.dims[i] for i in rows],
+        [call.ranks[i] for i in rows],
+        "frozen",
+        "stable_rank",
         backend,
     )
     for i, g, result in zip(rows, grads, results, strict=True):
@@ -224,7 +228,7 @@ def test_project_overwrites_the_weights_with_what_normalize_returns(backend, lay
     versions = [w.tensor._version for w in weights], [u._version for u in us]
     call.normalize(backend)
     arguments = call.arguments(backend)
-    ops.project([w.tensor for w in weights], us, vs, *arguments[7:])
+    ops.project([w.tensor for w in weights], us, vs, *arguments[7:11], backend)
     for i, guarded in enumerate(weights):
         guarded.assert_filled("projected weight")
         assert torch.equal(guarded.tensor, call.outs[i].tensor)
@@ -269,9 +273,12 @@ def sample_arguments(dtype: torch.dtype, layout: str, backend: str) -> tuple[tup
         [0, 1],
         call.offsets,
         call.dims,
+        call.ranks,
+        "exact",
+        "stable_rank",
         backend,
     )
-    return forward, backward, (*arguments[:3], *arguments[7:])
+    return forward, backward, (*arguments[:3], *arguments[7:11], backend)
 
 
 @BACKENDS

@@ -12,7 +12,6 @@ from torch.utils.checkpoint import checkpoint
 
 import srn_kernels as srn
 from srn_kernels import functional, reference
-from srn_kernels.core import ops
 from srn_kernels.maths.matrix import from_matrix
 
 SHAPES = [((5, 7), 0), ((7, 5), 0), ((6, 4), 1), ((4, 2, 3, 3), 0), ((3, 5, 2, 2), 1), ((9, 2), 0)]
@@ -303,28 +302,6 @@ def test_transforms_and_second_derivatives() -> None:
     torch.testing.assert_close(grad.detach(), expected)  # the first derivative is there
     with pytest.raises(RuntimeError, match="differentiated once only"):
         grad.sum().backward()
-
-
-def test_the_op_passes_opcheck() -> None:
-    w = torch.randn(4, 6)
-    offsets, size = ops.state_layout([(4, 6)])
-    round_state, stats = torch.zeros(size), torch.zeros(1, 8, dtype=torch.float64)
-    out = torch.empty_like(w)
-    u, v = (torch.nn.functional.normalize(torch.randn(n), dim=0) for n in w.shape)
-    ops.normalize(
-        [w], [u], [v], [out], round_state, stats, offsets, [1.5], [5], [0], [1e-12], "cpu"
-    )
-    arguments = (
-        [torch.randn(4, 6)],
-        [w],
-        round_state,
-        stats,
-        [torch.zeros(4, 6)],
-        [0],
-        offsets,
-        [0],
-    )
-    torch.library.opcheck(ops.add_turning, arguments)
 
 
 def test_wrong_names_are_refused() -> None:

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from srn_kernels import reference
 from srn_kernels.maths.matrix import from_matrix, matrix
-from srn_kernels.maths.top_one import layer_gradient, normalize_layer
+from srn_kernels.maths.scalars import Stats
+from srn_kernels.maths.top_one import TOP_ONE
 
 UNIT = oracle.unit_of(torch.float64)
 # (shape, target): stable rank lowered, lowered to 1, not lowered, no target.
@@ -36,7 +37,7 @@ def test_every_shape_and_target_agrees_with_the_oracle(layout, iterations):
             weight, dim = oracle.make_weight(layout, shape, torch.float64)
             u, v = oracle.make_state(weight, dim)
             rank = math.inf if min(shape) == 1 else max(1.0, fraction * min(shape))
-            layer = normalize_layer(weight, u, v, rank, iterations, 1e-12, dim)
+            layer = TOP_ONE.normalize_layer(weight, u, v, rank, iterations, 1e-12, dim)
             oracle.assert_forward(
                 weight,
                 dim,
@@ -54,9 +55,9 @@ def test_every_shape_and_target_agrees_with_the_oracle(layout, iterations):
 @pytest.mark.parametrize(("shape", "rank"), BRANCHES, ids=BRANCH_IDS)
 def test_branches_are_the_ones_meant(shape, rank):
     w, u, v = layer_of(shape)
-    layer = normalize_layer(w, u, v, rank, 5, 1e-12, 0)
+    layer = TOP_ONE.normalize_layer(w, u, v, rank, 5, 1e-12, 0)
     active = rank < 2
-    assert layer.stats[6] == (oracle.STABLE_RANK if active else oracle.SPECTRAL)
+    assert Stats(*layer.stats).branch == (oracle.STABLE_RANK if active else oracle.SPECTRAL)
 
 
 def test_one_step_is_that_of_torch_spectral_norm_with_no_target():
@@ -65,7 +66,7 @@ def test_one_step_is_that_of_torch_spectral_norm_with_no_target():
     norm = linear.parametrizations.weight[0]
     u, v = norm._u.clone(), norm._v.clone()
     weight = linear.parametrizations.weight.original.detach()
-    layer = normalize_layer(weight, u, v, math.inf, 1, 1e-12, 0)
+    layer = TOP_ONE.normalize_layer(weight, u, v, math.inf, 1, 1e-12, 0)
     # Both compute in float64; a dozen roundings each.
     torch.testing.assert_close(layer.weight, linear.weight, rtol=0, atol=64 * UNIT)
     torch.testing.assert_close(layer.u, norm._u, rtol=0, atol=64 * UNIT)
@@ -92,16 +93,16 @@ def test_autograd_through_the_reference_is_the_derivative_with_u_and_v_constant(
     w, u, v = layer_of(shape)
     g = torch.randn_like(w)
     w.requires_grad_()
-    layer = normalize_layer(w, u, v, rank, iterations, 1e-12, 0)
+    layer = TOP_ONE.normalize_layer(w, u, v, rank, iterations, 1e-12, 0)
     (grad,) = torch.autograd.grad(layer.weight, w, g)
     for _ in range(5):
         direction = torch.nn.functional.normalize(torch.randn_like(w), dim=(0, 1))
         quotient = difference_quotient(w.detach(), layer.u, layer.v, rank, g, direction)
         # Truncation: h^4 times the fifth derivative over 30 (of order 5! / sigma^5), h = 1e-3.
-        scale = float(g.norm()) / min(float(layer.stats[0]), 1.0) ** 5
+        scale = float(g.norm()) / min(float(Stats(*layer.stats).sigma), 1.0) ** 5
         assert abs(quotient - float((grad * direction).sum())) <= 1e-10 * scale + 1e-11
     expected = oracle.gradient(oracle.normalized(w.detach(), layer.u, layer.v, rank), g)
-    bound = 1000 * UNIT * float(g.norm()) / min(float(layer.stats[0]), 1.0)
+    bound = 1000 * UNIT * float(g.norm()) / min(float(Stats(*layer.stats).sigma), 1.0)
     oracle.assert_within(grad, expected, bound, "dL/dW")
 
 
@@ -111,10 +112,10 @@ def test_layer_gradient_equals_autograd_to_second_order(shape, rank, dim):
     w, u, v = layer_of(shape)
     w = (w if dim == 0 else w.T.contiguous()).requires_grad_()
     g = torch.randn_like(w).requires_grad_()
-    layer = normalize_layer(w, u, v, rank, 0, 1e-12, dim)
+    layer = TOP_ONE.normalize_layer(w, u, v, rank, 0, 1e-12, dim)
     (expected,) = torch.autograd.grad(layer.weight, w, g, create_graph=True)
-    actual = layer_gradient(g, w, layer.u, layer.v, layer.stats, dim)
-    bound = 1000 * UNIT * float(g.detach().norm()) / min(float(layer.stats[0]), 1.0)
+    actual = TOP_ONE.layer_gradient(g, w, layer.u, layer.v, layer.stats, 1.0, dim)
+    bound = 1000 * UNIT * float(g.detach().norm()) / min(float(Stats(*layer.stats).sigma), 1.0)
     oracle.assert_within(actual, expected.detach(), bound, "first order")
     probe = torch.randn_like(w)
     wanted = torch.autograd.grad(expected, (w, g), probe, materialize_grads=True)
@@ -126,13 +127,13 @@ def test_layer_gradient_equals_autograd_to_second_order(shape, rank, dim):
 @pytest.mark.parametrize(("shape", "rank"), BRANCHES, ids=BRANCH_IDS)
 def test_layer_gradient_passes_gradgradcheck(shape, rank):
     w, u, v = layer_of(shape)
-    layer = normalize_layer(w, u, v, rank, 0, 1e-12, 0)
+    layer = TOP_ONE.normalize_layer(w, u, v, rank, 0, 1e-12, 0)
 
     def value(w: Tensor) -> Tensor:
-        return normalize_layer(w, layer.u, layer.v, rank, 0, 1e-12, 0).weight
+        return TOP_ONE.normalize_layer(w, layer.u, layer.v, rank, 0, 1e-12, 0).weight
 
     def gradient(g: Tensor, w: Tensor) -> Tensor:
-        return layer_gradient(g, w, layer.u, layer.v, layer.stats, 0)
+        return TOP_ONE.layer_gradient(g, w, layer.u, layer.v, layer.stats, 1.0, 0)
 
     inputs = (torch.randn_like(w).requires_grad_(), w.requires_grad_())
     assert torch.autograd.gradcheck(value, w)
@@ -144,18 +145,18 @@ def test_layer_gradient_passes_gradgradcheck(shape, rank):
 def test_passing_through_has_the_identity_as_gradient(branch):
     w, u, v = layer_of((4, 6))
     w = (w * {"zero": 0.0, "vanishing": 1e-14}[branch]).requires_grad_()
-    layer = normalize_layer(w, u, v, 2.0, 1, 1e-12, 0)
+    layer = TOP_ONE.normalize_layer(w, u, v, 2.0, 1, 1e-12, 0)
     g = torch.randn_like(w)
     (grad,) = torch.autograd.grad(layer.weight, w, g)
     assert torch.equal(layer.weight, w)
     assert torch.equal(grad, g)
-    assert torch.equal(layer_gradient(g, w, u, v, layer.stats, 0), g)
+    assert torch.equal(TOP_ONE.layer_gradient(g, w, u, v, layer.stats, 1.0, 0), g)
 
 
 def test_target_one_active_has_gradient_zero():
     w, u, v = layer_of((4, 6))
     w.requires_grad_()
-    layer = normalize_layer(w, u, v, 1.0, 1, 1e-12, 0)
+    layer = TOP_ONE.normalize_layer(w, u, v, 1.0, 1, 1e-12, 0)
     (grad,) = torch.autograd.grad(layer.weight, w, torch.randn_like(w))
     assert torch.equal(layer.weight, torch.outer(layer.u, layer.v))
     assert not grad.any()

@@ -16,8 +16,9 @@ from srn_kernels import linalg
 from srn_kernels.core import ops
 from srn_kernels.maths import top_k
 from srn_kernels.maths.matrix import from_matrix
-from srn_kernels.maths.scalars import SPECTRAL, STABLE_RANK
-from srn_kernels.maths.top_one import normalize_layer
+from srn_kernels.maths.scalars import SPECTRAL, STABLE_RANK, Stats
+from srn_kernels.maths.top_k import TopK
+from srn_kernels.maths.top_one import TOP_ONE
 
 SHAPES = [((6, 9), 0), ((9, 6), 0), ((5, 8), 1), ((6, 2, 3, 3), 0), ((3, 7, 2, 2), 1)]
 KS = (0, 1, 2, 3, 20)
@@ -30,12 +31,19 @@ def matrix(w: Tensor, dim: int) -> Tensor:
 def pairs(w: Tensor, dim: int, k: int) -> tuple[Tensor, Tensor]:
     m = matrix(w, dim)
     u, _, vt = torch.linalg.svd(m, full_matrices=False)
-    size = top_k.block_size(k, *m.shape)
+    size = TopK(k).pairs(*m.shape)
     return u[:, :size].contiguous(), vt[:size].T.contiguous()
 
 
 def run(w: Tensor, u: Tensor, v: Tensor, r: float, dim: int, k: int, n: int = 0):
-    return top_k.normalize_layer(w, u, v, r, n, 1e-12, dim, k)
+    return TopK(k).normalize_layer(w, u, v, r, n, 1e-12, dim)
+
+
+def gradient_of(g: Tensor, w: Tensor, layer, r: float, dim: int, k: int, gradient: str) -> Tensor:
+    settled = (g, w, layer.u, layer.v, layer.stats, r, dim)
+    frozen = TopK(k).layer_gradient(*settled)
+    part = TopK(k).layer_exact_part(*settled) if gradient == "exact" else None
+    return frozen if part is None else frozen + part
 
 
 def top_rank(w: Tensor, dim: int) -> float:
@@ -53,18 +61,18 @@ def test_layers_agree_with_theorem_1(shape: tuple[int, ...], dim: int) -> None:
             start = [torch.randn_like(x) for x in pairs(w, dim, k)]
             layer = run(w, *start, r, dim, k, 300)
             torch.testing.assert_close(matrix(layer.weight, dim), expected, rtol=0, atol=1e-9)
-            sigma, frobenius_sq, _, got_gamma, a, _, branch, got_kept = layer.stats.tolist()
-            assert sigma == pytest.approx(float(top), rel=1e-9)
-            assert frobenius_sq == pytest.approx(float(m.square().sum()), rel=1e-12)
-            assert got_gamma == pytest.approx(gamma, abs=1e-7)
+            seen = Stats(*layer.stats.tolist())
+            assert seen.sigma == pytest.approx(float(top), rel=1e-9)
+            assert seen.frobenius_sq == pytest.approx(float(m.square().sum()), rel=1e-12)
+            assert seen.gamma == pytest.approx(gamma, abs=1e-7)
             active = r < top_rank(w, dim)
-            assert branch == (STABLE_RANK if active else SPECTRAL)
+            assert seen.branch == (STABLE_RANK if active else SPECTRAL)
             if active:
-                assert got_kept == kept
+                assert seen.kept == kept
             if k == 1:
-                single = normalize_layer(w, layer.u[:, 0], layer.v[:, 0], r, 0, 1e-12, dim)
+                single = TOP_ONE.normalize_layer(w, layer.u[:, 0], layer.v[:, 0], r, 0, 1e-12, dim)
                 torch.testing.assert_close(layer.weight, single.weight, rtol=0, atol=1e-12)
-                assert a == pytest.approx(float(single.stats[4]), rel=1e-9)
+                assert seen.a == pytest.approx(float(Stats(*single.stats).a), rel=1e-9)
 
 
 def test_before_convergence_the_frobenius_norm_is_exact() -> None:
@@ -73,7 +81,7 @@ def test_before_convergence_the_frobenius_norm_is_exact() -> None:
         u, v = (torch.randn(n, k, dtype=torch.float64) for n in (12, 20))
         for steps in (0, 1, 2):
             layer = run(w, u, v, 4.5, 0, k, steps)
-            if layer.stats[6] == STABLE_RANK:
+            if Stats(*layer.stats).branch == STABLE_RANK:
                 assert float(layer.weight.square().sum()) == pytest.approx(4.5, rel=1e-12)
             assert float(torch.linalg.matrix_norm(layer.weight, 2)) >= 1 - 1e-12
             for basis in (layer.u, layer.v):
@@ -114,13 +122,12 @@ def test_gradients_against_finite_differences(shape: tuple[int, ...], dim: int, 
             m = matrix(x, dim)
             return from_matrix(top_k.combine(m, u, v, top_k.coefficients(m, u, v, r, k)), x, dim)
 
-        settled = (layer.u, layer.v, layer.stats, r, dim, k)
-        frozen = top_k.layer_gradient(g, w, *settled, "frozen")
+        frozen = gradient_of(g, w, layer, r, dim, k, "frozen")
         expected = differences(w, g, fixed)
         assert (frozen - expected).norm() <= 1e-6 * expected.norm() + 1e-8
         x = w.clone().requires_grad_()  # autograd through the same formula
         torch.testing.assert_close(torch.autograd.grad(fixed(x), x, g)[0], frozen)
-        full = top_k.layer_gradient(g, w, *settled, "exact")
+        full = gradient_of(g, w, layer, r, dim, k, "exact")
         expected = differences(w, g, lambda x, r=r: exact(x, r))
         assert (full - expected).norm() <= 1e-6 * expected.norm()
 
@@ -132,7 +139,7 @@ def test_second_derivatives_of_the_frozen_rule() -> None:
         layer = run(w, u, v, 1.9, 0, k)
 
         def gradient(g: Tensor, w: Tensor, layer=layer, k: int = k) -> Tensor:
-            return top_k.layer_gradient(g, w, layer.u, layer.v, layer.stats, 1.9, 0, k, "frozen")
+            return gradient_of(g, w, layer, 1.9, 0, k, "frozen")
 
         g = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
         assert torch.autograd.gradcheck(gradient, (g, w), rtol=1e-6)
@@ -147,10 +154,8 @@ def test_float32_at_any_scale_and_half(scale: float) -> None:
     u, v = torch.randn(16, 3), torch.randn(40, 3)
     layer = run(w * scale, u, v, 5.0, 0, 3, 200)
     torch.testing.assert_close(layer.weight.double(), expected, rtol=0, atol=2e-5)
-    assert (kept, layer.stats[7]) == (3, 3)
-    grad = top_k.layer_gradient(
-        torch.randn(16, 40), w * scale, layer.u, layer.v, layer.stats, 5.0, 0, 3, "exact"
-    )
+    assert (kept, Stats(*layer.stats).kept) == (3, 3)
+    grad = gradient_of(torch.randn(16, 40), w * scale, layer, 5.0, 0, 3, "exact")
     assert grad.isfinite().all()
     for dtype, bound in ((torch.bfloat16, 2e-2), (torch.float16, 2e-3)):
         layer = run(w.to(dtype), u, v, 5.0, 0, 3, 200)
@@ -165,7 +170,7 @@ def test_zero_and_non_finite_weights_leave_the_state() -> None:
         assert torch.equal(layer.u, u)
         assert torch.equal(layer.v, v)
         g = torch.randn(4, 5)
-        grad = top_k.layer_gradient(g, w, u, v, layer.stats, 1.5, 0, 2, "exact")
+        grad = gradient_of(g, w, layer, 1.5, 0, 2, "exact")
         if w.isfinite().all():
             assert torch.equal(layer.weight, w)
             assert torch.equal(grad, g)
@@ -357,11 +362,12 @@ def test_a_repeated_round_uses_its_own_u_and_v() -> None:
     round_state, stats = torch.zeros(size), torch.zeros(1, 8, dtype=torch.float64)
     out, again = torch.empty(6, 9), torch.empty(6, 9)
     constants = (round_state, stats, offsets, [2.2])
-    ops.normalize_block([w], [u], [v], [out], *constants, [3], [0], [1e-12], [2])
+    rule = ("stable_rank:2", "reference")
+    ops.normalize([w], [u], [v], [out], *constants, [3], [0], [1e-12], *rule)
     u.normal_()
     v.normal_()
     kept = u.clone()
-    ops.normalize_block([w], [u], [v], [again], *constants, [-1], [0], [1e-12], [2])
+    ops.normalize([w], [u], [v], [again], *constants, [-1], [0], [1e-12], *rule)
     assert torch.equal(out, again)
     assert torch.equal(u, kept)
 
@@ -371,9 +377,9 @@ def test_the_ops_pass_opcheck() -> None:
     offsets, size = ops.state_layout([(8, 12)])
     round_state, stats = torch.zeros(size), torch.zeros(1, 8, dtype=torch.float64)
     arguments = ([w], [u], [v], [torch.empty_like(w)], round_state, stats)
-    arguments += (offsets, [1.5], [5], [0], [1e-12], [2])
-    ops.normalize_block(*arguments)
-    torch.library.opcheck(ops.normalize_block, arguments)
-    backward = ([torch.randn(4, 6)], [w], round_state, stats, [torch.zeros(4, 6)])
-    backward += ([0], offsets, [1.5], [0], [2], "exact")
-    torch.library.opcheck(ops.normalize_block_backward, backward)
+    arguments += (offsets, [1.5], [5], [0], [1e-12], "stable_rank:2", "reference")
+    ops.normalize(*arguments)
+    torch.library.opcheck(torch.ops.srn_kernels.normalize.default, arguments)
+    backward = ([torch.randn(4, 6)], [w], round_state, stats, [torch.zeros(4, 6)], [0], offsets)
+    backward += ([0], [1.5], "exact", "stable_rank:2", "reference")
+    torch.library.opcheck(torch.ops.srn_kernels.normalize_backward.default, backward)
