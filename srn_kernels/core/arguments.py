@@ -58,9 +58,19 @@ def check_gradient(gradient: str) -> str:
     return gradient
 
 
-def check_vector(x: Any, argument: str, size: int, weight: Tensor, dim: int) -> None:
+def check_vector(x: Any, argument: str, place: int, size: int, weight: Tensor, dim: int) -> None:
     """The u or v of a weight: state of its device and dtype of state."""
     want = state_dtype(weight.dtype)
+    if (
+        isinstance(x, Tensor)
+        and x.dtype == want
+        and x.shape == (size,)
+        and x.device == weight.device
+        and x.is_contiguous()
+        and not x.requires_grad
+    ):
+        return
+    argument = f"{argument}[{place}]"
     if not isinstance(x, Tensor) or x.dtype != want:
         got = getattr(x, "dtype", type(x).__name__)
         raise TypeError(f"{argument} must be a {want} tensor, got {got}")
@@ -137,9 +147,11 @@ class Request(NamedTuple):
                 )
             dim = 0 if dims is None else check_dim(dims[i], weight, f"dims[{i}]")
             rows, columns = matrix_shape(weight, dim) if weight.numel() else (0, 0)
-            check_vector(us[i], f"us[{i}]", rows, weight, dim)
-            check_vector(vs[i], f"vs[{i}]", columns, weight, dim)
-            rank = check_number(target_ranks[i], f"target_ranks[{i}]")
+            check_vector(us[i], "us", i, rows, weight, dim)
+            check_vector(vs[i], "vs", i, columns, weight, dim)
+            rank = target_ranks[i]
+            if type(rank) is not float:  # the usual case, spared a look at what numbers are
+                rank = check_number(rank, f"target_ranks[{i}]")
             if not rank >= 1:
                 raise ValueError(f"target_ranks[{i}] must be at least 1, got {rank}")
             out = out_dtype or weight.dtype

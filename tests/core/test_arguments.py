@@ -63,7 +63,7 @@ def test_an_unknown_rule_is_refused_by_name() -> None:
     for rule in ("spectra", None, "stable_rank:2"):
         with pytest.raises(ValueError, match="rule must be one of"):
             srn.stable_rank_norm(nn.Linear(3, 4), rule=rule)
-    with pytest.raises(TypeError, match="rule must be an instance of srn_kernels.Rule"):
+    with pytest.raises(TypeError, match="rule must be an instance of"):
         srn.register_rule(srn.Rule)
 
 
