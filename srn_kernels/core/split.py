@@ -157,9 +157,7 @@ def measure(
         sums = _sum_over_processes(parts, blocks)
         for i in range(n):
             if plan.iterations[i] == 0 and step == 0:
-                value, frobenius[i] = sums[i]
-                u[i] = torch.where(value < 0, -u[i], u[i])
-                sigma[i] = value.abs()
+                sigma[i], frobenius[i] = sums[i]
         for i in moving:
             t, rest = sums[i][: v[i].numel()], sums[i][v[i].numel() :]
             if not blocks[i].across:
@@ -186,7 +184,7 @@ def _finish(
     known = {"dtype": torch.float64, "device": sigma.device}
     eps, ranks = torch.tensor(plan.eps, **known), torch.tensor(plan.target_ranks, **known)
     finite = frobenius_sq.isfinite()
-    good = finite & torch.stack(list(usable)) & (sigma > eps)
+    good = finite & torch.stack(list(usable)) & (sigma.abs() > eps)
     broken = ~finite | ~sigma.isfinite()
     q = (frobenius_sq / torch.where(good, sigma, 1.0).square() - 1.0).clamp_min(0.0)
     active, gamma = contraction(q, ranks, good)

@@ -56,8 +56,8 @@ def normalize_layer(
 
     weight: any real floating dtype, two dimensions or more; u: (rows,), v: (columns,), not
     modified; target_rank: r >= 1, inf for spectral normalisation alone; iterations: 0 for
-    evaluation, which uses u/|u| and v/|v|. Returns W_hat in the weight's shape, and in its dtype
-    unless ``out_dtype`` says otherwise.
+    evaluation, which uses u/|u| and v/|v| and their sigma with its sign, as torch does. Returns
+    W_hat in the weight's shape, and in its dtype unless ``out_dtype`` says otherwise.
     """
     dtype = state_dtype(weight.dtype)
     w = matrix(weight, dim).to(dtype)
@@ -68,7 +68,6 @@ def normalize_layer(
             new_u, new_v = power_iteration(fixed, new_u, new_v, iterations)
         else:
             (new_u, _), (new_v, _) = _unit(new_u), _unit(new_v)
-            new_u = torch.where(new_u @ (fixed @ new_v) < 0, -new_u, new_u)
         finite = fixed.isfinite().all()
         usable = finite & (new_u.isfinite().all() & new_v.isfinite().all())
         if iterations > 0:  # a zero or non-finite weight leaves u and v as they were
@@ -76,7 +75,7 @@ def normalize_layer(
 
     sigma = (new_u @ (w @ new_v)).double()
     with torch.no_grad():
-        good = usable & (sigma > eps)
+        good = usable & (sigma.abs() > eps)
         # 0/0 in the iteration of a zero weight is not a non-finite weight.
         broken = ~finite | ~sigma.isfinite()
     if iterations > 0:
