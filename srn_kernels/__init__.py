@@ -9,6 +9,7 @@ from srn_kernels.backends import available_backends, use_backend
 from srn_kernels.backends.cpu import empty_cache
 from srn_kernels.core.autograd import StableRankNormFunction
 from srn_kernels.model.root import shared_round
+from srn_kernels.model.settings import Options
 from srn_kernels.model.wrap import (
     apply_stable_rank_norm,
     export,
@@ -22,6 +23,7 @@ from srn_kernels.model.wrap import (
     spectral_norm,
     stable_rank_norm,
 )
+from srn_kernels.tools.checkpoint import to_torch_state_dict
 from srn_kernels.tools.convert import convert_spectral_norm
 from srn_kernels.tools.operator_norm import operator_norm
 from srn_kernels.tools.parametrization import StableRankNorm
@@ -32,6 +34,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "History",
+    "Options",
     "Projection",
     "Report",
     "StableRankNorm",
@@ -57,5 +60,6 @@ __all__ = [
     "skipped",
     "spectral_norm",
     "stable_rank_norm",
+    "to_torch_state_dict",
     "use_backend",
 ]

@@ -13,6 +13,7 @@ from torch import nn
 
 from srn_kernels.core.autograd import refuse_batched
 from srn_kernels.model import recompute
+from srn_kernels.model.refuse import refuse_surroundings
 from srn_kernels.model.rounds import converge, normalize_entries, repeat_entries
 from srn_kernels.model.shadow import Activation, _lock
 from srn_kernels.model.weight import NormalizedWeight
@@ -175,6 +176,7 @@ def fill(activation: Activation) -> None:
     if torch._C._get_tracing_state() is not None:
         raise RuntimeError(_TRACING)
     refuse_batched([e.weight for e in entries])
+    refuse_surroundings(entries)
     if recompute.in_backward():
         records = recompute.remembered(entries)
         if records is not None:

@@ -19,6 +19,7 @@ from srn_kernels.core.record import RoundRecord
 from srn_kernels.model import recompute
 from srn_kernels.model.begin import Frame, begin, begin_again, end, may_iterate, share, unshare
 from srn_kernels.model.hooks import hook, unhook
+from srn_kernels.model.refuse import Named, refuse_script
 from srn_kernels.model.rounds import normalize_entries
 from srn_kernels.model.shadow import shadow, unshadow
 from srn_kernels.model.steady import Steady, steady_key
@@ -251,22 +252,23 @@ def _layer_exit(module: nn.Module, args: Any, output: Any) -> None:
         end(module)
 
 
-def _refuse_script() -> None:
-    raise RuntimeError(
-        "torch.jit.script cannot compile a normalised model; script srn_kernels.export(model), a "
-        "plain copy with the same output"
-    )
-
-
 def hook_layer(module: nn.Module) -> None:
     """A wrapped module called outside a round normalises itself."""
     hook(module, _layer_enter, _layer_exit, outermost=False)
-    module.__dict__["__prepare_scriptable__"] = _refuse_script  # where torch.jit.script asks first
+    module.__dict__["__prepare_scriptable__"] = refuse_script  # where torch.jit.script asks first
+    module.__dict__["_get_name"] = Named(module)
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether the hooks of :func:`hook_layer` are still on."""
+    before, after = module._forward_pre_hooks.values(), module._forward_hooks.values()
+    return _layer_enter in before and _layer_exit in after
 
 
 def unhook_layer(module: nn.Module) -> None:
     unhook(module, _layer_enter, _layer_exit)
     module.__dict__.pop("__prepare_scriptable__", None)
+    module.__dict__.pop("_get_name", None)
 
 
 def round_of(root: nn.Module) -> Round:
@@ -274,16 +276,21 @@ def round_of(root: nn.Module) -> Round:
     if ROUND not in root.__dict__:
         root.__dict__[ROUND] = Round(root)
         hook(root, _root_enter, _root_exit, outermost=True)
+        root.__dict__["_get_name"] = Named(root)
     return root.__dict__[ROUND]
 
 
 def drop_round(root: nn.Module) -> None:
     unhook(root, _root_enter, _root_exit)
     root.__dict__.pop(ROUND, None)
+    if KEY not in root.__dict__:
+        root.__dict__.pop("_get_name", None)
 
 
 def entries_of(model: nn.Module) -> list[NormalizedWeight]:
     """Every distinct wrapped parameter at or below ``model``, in module order."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     found: dict[int, NormalizedWeight] = {}
     for module in model.modules():
         for entry in module.__dict__.get(KEY, {}).values():

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from srn_kernels.core.arguments import (
     FLOATING,
@@ -19,6 +20,9 @@ from srn_kernels.maths.top_k import block_size
 from srn_kernels.model.settings import Settings
 
 KEY = "_srn"  # module.__dict__[KEY]: {parameter name: NormalizedWeight}
+
+
+FORM = "_srn_form"  # module.__dict__[FORM]: {parameter name: what convert took it from}
 
 
 class Owner:
@@ -103,6 +107,11 @@ class NormalizedWeight:
         self.constants: LayerConstants | None = None
 
     def __getstate__(self) -> dict[str, Any]:
+        if self.active is not None:  # the copy would keep this W_hat for ever
+            raise RuntimeError(
+                f"a model cannot be copied or pickled inside a forward or a shared_round, where "
+                f"{self.label!r} is in use; do it afterwards"
+            )
         state = self.__dict__.copy()
         state["stale"] = self.is_written()
         state["provisional"] = (_COPIED_BUFFER,) * 2 if self.is_untouched() else None
@@ -126,10 +135,28 @@ class NormalizedWeight:
     def weight(self) -> Tensor:
         """The raw parameter."""
         module, name = self.sites[0]
-        try:
-            return module._parameters[name]
-        except KeyError:  # FSDP1 sets plain tensors as attributes
-            return module.__dict__[name] if self.covered is None else self.covered
+        weight = module._parameters.get(name)
+        if weight is None:  # FSDP1 sets plain tensors as attributes
+            weight = module.__dict__.get(name) if self.covered is None else self.covered
+        if weight is None:
+            raise RuntimeError(self.lost())
+        return weight
+
+    def lost(self) -> str:
+        """What to say where the Parameter is no longer in its module."""
+        module, name = self.sites[0]
+        if parametrize.is_parametrized(module, name):
+            kinds = ", ".join(type(p).__name__ for p in module.parametrizations[name])
+            return (
+                f"{self.label!r}: the parametrization {kinds} was put over a normalised weight; "
+                "take it off (torch.nn.utils.parametrize.remove_parametrizations), or take this "
+                "normalisation off before (srn_kernels.remove_stable_rank_norm)"
+            )
+        how = "set to None" if name in module._parameters else "deleted or moved"
+        return (
+            f"{self.label!r}: the Parameter {name!r} of a normalised {type(module).__name__} was "
+            f"{how}; set it again, or call remove_stable_rank_norm before changing it"
+        )
 
     @property
     def u(self) -> Tensor:
