@@ -11,7 +11,6 @@ from typing import Any
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
-from srn_kernels.core import split
 from srn_kernels.model import recompute
 from srn_kernels.model.begin import begin, end, may_iterate, moved, prepare
 from srn_kernels.model.hooks import hook
@@ -45,8 +44,8 @@ def _measured(entries: Sequence[NormalizedWeight]) -> bool:
 
 def look(this: Any) -> None:
     """Finds out which modules of a Round's root FSDP1 and FSDP2 manage."""
-    this.flattened = split.flattened(this.root)
-    this.units = split.fsdp_units(this.root)
+    this.flattened = flattened(this.root)
+    this.units = fsdp_units(this.root)
     members: dict[nn.Module, list[NormalizedWeight]] = {}
     for entry in this.current():
         unit = this.units.get(id(entry.sites[0][0]))
