@@ -46,7 +46,7 @@ SRN_HD inline LayerStats forward_scalars(double sigma, double frobenius_sq, doub
     st.branch = double(kNonFinite);
     return st;
   }
-  if (sigma <= eps) return st;
+  if (std::fabs(sigma) <= eps) return st;
   const double ratio = frobenius_sq / sigma / sigma;
   st.q = ratio > 1.0 ? ratio - 1.0 : 0.0;
   const bool active = st.q > target_rank - 1.0;  // an infinite target is never active

@@ -11,6 +11,7 @@ from srn_kernels.core.autograd import StableRankNormFunction
 from srn_kernels.maths.rule import Rule
 from srn_kernels.maths.rules import register_rule
 from srn_kernels.model.root import shared_round
+from srn_kernels.model.settings import Options
 from srn_kernels.model.wrap import (
     apply_stable_rank_norm,
     export,
@@ -24,6 +25,7 @@ from srn_kernels.model.wrap import (
     spectral_norm,
     stable_rank_norm,
 )
+from srn_kernels.tools.checkpoint import to_torch_state_dict
 from srn_kernels.tools.convert import convert_spectral_norm
 from srn_kernels.tools.operator_norm import operator_norm
 from srn_kernels.tools.parametrization import StableRankNorm
@@ -34,6 +36,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "History",
+    "Options",
     "Projection",
     "Report",
     "Rule",
@@ -61,5 +64,6 @@ __all__ = [
     "skipped",
     "spectral_norm",
     "stable_rank_norm",
+    "to_torch_state_dict",
     "use_backend",
 ]

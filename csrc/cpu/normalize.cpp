@@ -171,10 +171,6 @@ void finish_pass(ForwardJob<A>& job, int pass) {
     }
   } else {
     for (int64_t r = 0; r < rows; ++r) sigma += double(job.u[r]) * double(job.s[r]);
-    if (sigma < 0.0) {
-      for (int64_t r = 0; r < rows; ++r) job.u[r] = -job.u[r];
-      sigma = -sigma;
-    }
   }
   if (pass + 1 < job.passes) return;
 

@@ -355,10 +355,6 @@ class Forward {
       sigma = u_norm > 0 ? v_norm / u_norm * kGrowSq : u_norm;
     } else {
       sigma = x[0] / u_norm / v_norm;
-      if (sigma < 0) {
-        u_norm = -u_norm;
-        sigma = -sigma;
-      }
     }
     if (!last) {
       // t = 0 (a zero weight) stays 0, so that the next sigma is 0 and not NaN.

@@ -53,7 +53,7 @@ def verdict(sigma: Tensor, usable: Tensor, finite: Tensor, eps: float | Tensor) 
 
     0 / 0 in the iteration of a zero weight is not a non-finite weight.
     """
-    return Verdict(usable & (sigma > eps), ~finite | ~sigma.isfinite())
+    return Verdict(usable & (sigma.abs() > eps), ~finite | ~sigma.isfinite())
 
 
 def layer_stats(

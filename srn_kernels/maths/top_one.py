@@ -60,9 +60,8 @@ def step(s: Tensor, t: Tensor) -> Step:
 
 
 def evaluated(u: Tensor, v: Tensor, sigma: Tensor) -> Step:
-    """The step of an evaluation, from unit u, v and sigma = u^T W v: u so that it is positive."""
-    usable = u.isfinite().all() & v.isfinite().all()
-    return Step(torch.where(sigma < 0, -u, u), v, sigma.abs(), usable)
+    """The step of an evaluation, from unit u, v and sigma = u^T W v with its sign, as in torch."""
+    return Step(u, v, sigma, u.isfinite().all() & v.isfinite().all())
 
 
 def inner_products(g: Tensor, scaled: Tensor, u: Tensor, v: Tensor) -> Tensor:

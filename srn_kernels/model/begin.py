@@ -14,6 +14,7 @@ from srn_kernels.core.record import Round
 from srn_kernels.model import recompute, rounds
 from srn_kernels.model.freshness import State
 from srn_kernels.model.hooks import Guard
+from srn_kernels.model.refuse import refuse_surroundings
 from srn_kernels.model.shadow import Lease, Shadow, lock
 from srn_kernels.model.weight import NormalizedWeight
 
@@ -176,6 +177,7 @@ def fill(shadow: Shadow) -> None:
     entries = shadow.entries
     if torch._C._get_tracing_state() is not None:
         raise RuntimeError(_TRACING)
+    refuse_surroundings(entries)
     if recompute.in_backward():
         places = recompute.own_rounds(shadow.root, entries)
         if places is not None:

@@ -17,6 +17,7 @@ from torch import nn
 from srn_kernels.model import compiled, hooks, recompute
 from srn_kernels.model.begin import begin, called, end, share, unshare
 from srn_kernels.model.freshness import is_split
+from srn_kernels.model.refuse import Named, refuse_script
 from srn_kernels.model.weight import KEY, NormalizedWeight, Owner
 
 GROUP = "_srn_group"  # root.__dict__[GROUP]: its Group
@@ -269,24 +270,25 @@ def _layer_before(module: nn.Module) -> tuple[nn.Module, bool]:
     return module, True
 
 
-def _refuse_script() -> None:
-    raise RuntimeError(
-        "torch.jit.script cannot compile a normalised model; script srn_kernels.export(model), a "
-        "plain copy with the same output"
-    )
-
-
 def hook_layer(module: nn.Module) -> None:
     """A wrapped module called outside a round normalises itself."""
     hooks.hook(module, _layer_enter, _layer_exit, outermost=False)
     hooks.guard(module, _layer_before, end)
-    module.__dict__["__prepare_scriptable__"] = _refuse_script  # where torch.jit.script asks first
+    module.__dict__["__prepare_scriptable__"] = refuse_script  # where torch.jit.script asks first
+    module.__dict__["_get_name"] = Named(module)
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether the hooks of :func:`hook_layer` are still on."""
+    before, after = module._forward_pre_hooks.values(), module._forward_hooks.values()
+    return _layer_enter in before and _layer_exit in after
 
 
 def unhook_layer(module: nn.Module) -> None:
     hooks.unhook(module, _layer_enter, _layer_exit)
     hooks.unguard(module, _layer_before)
     module.__dict__.pop("__prepare_scriptable__", None)
+    module.__dict__.pop("_get_name", None)
 
 
 def _check_hooks(module: nn.Module, ours: Any, what: str) -> None:
@@ -303,6 +305,8 @@ def _check_hooks(module: nn.Module, ours: Any, what: str) -> None:
 
 def entries_of(model: nn.Module) -> list[NormalizedWeight]:
     """Every distinct wrapped parameter at or below ``model``, in module order."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     found: dict[int, NormalizedWeight] = {}
     for module in model.modules():
         for entry in module.__dict__.get(KEY, {}).values():

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from torch.utils.weak import WeakTensorKeyDictionary
 
-from srn_kernels.model.settings import Settings
+from srn_kernels import backends
+from srn_kernels.maths.matrix import state_dtype
+from srn_kernels.model import foreign, settings
+from srn_kernels.model.attach import normalized_by
+from srn_kernels.model.refuse import refuse_fake
+from srn_kernels.model.settings import Settings, nearest, split_dim
 from srn_kernels.model.weight import KEY, NormalizedWeight, check_weight, is_split
 
 LAYER_TYPES = (
@@ -34,13 +39,15 @@ _ATTENTION_OUTPUT = nn.modules.linear.NonDynamicallyQuantizableLinear
 Pattern = str | Iterable[str] | Callable[[str, nn.Module], bool] | None
 
 
-# Every Parameter that some layer normalises, so that none is wrapped twice under two names.
-_wrapped = WeakTensorKeyDictionary()
+class NormalizedTwiceError(RuntimeError, ValueError):
+    """A parameter that is normalised already was to be normalised again (torch raises RuntimeError
+    there, and this library's other complaints about arguments are ValueErrors)."""
 
 
 def _resolve_dim(module: nn.Module, weight: Tensor, dim: int | None, label: str) -> int:
     if dim is None:
         return 1 if isinstance(module, _TRANSPOSED) else 0
+    dim = settings.plain(dim)
     if not isinstance(dim, int) or isinstance(dim, bool):
         raise TypeError(f"dim must be an int or None, got {dim!r}")
     if not -weight.dim() <= dim < weight.dim():
@@ -52,19 +59,18 @@ def _label(prefix: str, name: str) -> str:
     return f"{prefix}.{name}" if prefix else name
 
 
-def _prepare(
-    module: nn.Module, name: str, label: str, dim: int | None, keywords: Mapping[str, Any]
+def prepare_entry(
+    module: nn.Module, name: str, label: str, options: Mapping[str, Any]
 ) -> NormalizedWeight:
     """The entry of one parameter, checked; the module is not touched."""
     if not isinstance(module, nn.Module):
         raise TypeError(f"module must be an nn.Module, got {type(module).__name__}")
+    if not isinstance(name, str):
+        raise TypeError(f"name must be a string, got {name!r}")
     if name in module.__dict__.get(KEY, {}):
-        raise ValueError(f"{label} of {type(module).__name__} is normalised already")
-    if parametrize.is_parametrized(module, name) or name + "_orig" in module._parameters:
-        raise ValueError(
-            f"{label} is parametrized already; take torch's spectral norm over with "
-            "convert_spectral_norm(model), or remove the parametrization first"
-        )
+        raise NormalizedTwiceError(f"{label} of {type(module).__name__} is normalised already")
+    if reason := foreign.obstacle(module, name):
+        raise ValueError(f"{label} of {type(module).__name__} is {reason}")
     if name not in module._parameters:
         raise ValueError(
             f"name: {type(module).__name__} has no parameter {name!r}; it has "
@@ -72,15 +78,29 @@ def _prepare(
         )
     weight = module._parameters[name]
     check_weight(module, weight, label)
-    settings = Settings(dim=_resolve_dim(module, weight, dim, label), **keywords)
-    for suffix in ("_u", "_v", "_gain") if settings.gain else ("_u", "_v"):
+    refuse_fake(weight, label)
+    options, dim = split_dim(options)
+    known = Settings(dim=_resolve_dim(module, weight, dim, label), **options)
+    for suffix in ("_u", "_v", "_gain") if known.gain else ("_u", "_v"):
         if hasattr(module, name + suffix):
             raise ValueError(f"{type(module).__name__} has an attribute {name + suffix!r} already")
     if is_split(weight):
         from srn_kernels.core import split
 
-        split.check(weight, settings, label)
-    return NormalizedWeight(module, name, label, settings)
+        split.check(weight, known, label)
+    elif known.preserve == 1:
+        check_backend(known, weight, label)
+    return NormalizedWeight(module, name, label, known)
+
+
+def check_backend(known: Settings, weight: Tensor, label: str) -> None:
+    """Raises where a backend asked for by name cannot serve this weight, first of all."""
+    if known.backend == "auto" or weight.is_meta:
+        return
+    try:
+        backends.resolve(known.backend, weight.device.type, state_dtype(weight.dtype))
+    except (RuntimeError, TypeError) as error:
+        raise type(error)(f"{label}: {error}") from None
 
 
 def _weight_names(module: nn.Module) -> list[str]:
@@ -99,7 +119,7 @@ def _matcher(pattern: Pattern, argument: str) -> tuple[Callable[[str, nn.Module]
         return pattern, set()
     if isinstance(pattern, str):
         pattern = [pattern]
-    patterns = list(pattern)
+    patterns = list(pattern) if isinstance(pattern, Iterable) else [pattern]
     if not all(isinstance(p, str) for p in patterns):
         raise TypeError(f"{argument} must be names, globs or a callable, got {pattern!r}")
     unmatched = set(patterns)
@@ -115,15 +135,60 @@ def _matcher(pattern: Pattern, argument: str) -> tuple[Callable[[str, nn.Module]
 _KEYWORDS = {f.name for f in fields(Settings)}
 
 
+def _types(layer_types: Sequence[type] | None) -> tuple[type, ...]:
+    if layer_types is None:
+        return LAYER_TYPES
+    if isinstance(layer_types, type) or not isinstance(layer_types, Iterable):
+        raise TypeError(
+            f"layer_types must be a sequence of classes, got {layer_types!r}; write [nn.Linear]"
+        )
+    types = tuple(layer_types)
+    if not types or not all(isinstance(t, type) for t in types):
+        raise TypeError(f"layer_types must be a sequence of classes, got {layer_types!r}")
+    return types
+
+
+def _overrides(
+    overrides: Mapping[str, Mapping[str, Any]] | None, options: Mapping[str, Any]
+) -> list[tuple[Callable[[str, nn.Module], bool], set[str], str, Mapping[str, Any]]]:
+    """(predicate, patterns not matched yet, pattern, options) of each override, checked."""
+    if overrides is not None and not isinstance(overrides, Mapping):
+        raise TypeError(
+            f"overrides must be a mapping {{name: {{keyword: value}}}}, got {overrides!r}"
+        )
+    special = []
+    for pattern, values in (overrides or {}).items():
+        if not isinstance(values, Mapping):
+            raise TypeError(f"overrides[{pattern!r}] must be a mapping, got {values!r}")
+        for key in values:
+            if key not in _KEYWORDS:
+                raise ValueError(
+                    f"overrides[{pattern!r}] has the unknown keyword {key!r}; "
+                    f"{nearest(key, _KEYWORDS)}"
+                )
+        with _naming(f"overrides[{pattern!r}]"):
+            Settings(**split_dim({**options, **values})[0])
+        special.append((*_matcher(pattern, "overrides"), pattern, values))
+    return special
+
+
+@contextlib.contextmanager
+def _naming(where: str) -> Iterator[None]:
+    """Puts ``where`` in front of what an error about an argument says."""
+    try:
+        yield
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise type(error)(f"{where}: {error}") from None
+
+
 def select(
     model: nn.Module,
-    keywords: Mapping[str, Any],
+    options: Mapping[str, Any],
     *,
-    dim: int | None,
-    include: Pattern,
-    exclude: Pattern,
-    layer_types: Sequence[type] | None,
-    overrides: Mapping[str, Mapping[str, Any]] | None,
+    include: Pattern = None,
+    exclude: Pattern = None,
+    layer_types: Sequence[type] | None = None,
+    overrides: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> tuple[list[NormalizedWeight], list[tuple[str, str]]]:
     """The entries that :func:`apply_stable_rank_norm` would add, and what it would skip and why.
 
@@ -131,49 +196,48 @@ def select(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
-    Settings(**keywords)
-    types = LAYER_TYPES if layer_types is None else tuple(layer_types)
-    if not types or not all(isinstance(t, type) for t in types):
-        raise TypeError(f"layer_types must be a sequence of classes, got {layer_types!r}")
+    Settings(**split_dim(options)[0])
+    types = _types(layer_types)
     included, include_left = _matcher("*" if include is None else include, "include")
     excluded, exclude_left = _matcher(() if exclude is None else exclude, "exclude")
-    special = []
-    for pattern, values in (overrides or {}).items():
-        unknown = set(values) - _KEYWORDS
-        if unknown:
-            raise ValueError(f"overrides[{pattern!r}] has unknown keywords {sorted(unknown)}")
-        special.append((*_matcher(pattern, "overrides"), values))
+    special = _overrides(overrides, options)
 
     entries: dict[int, NormalizedWeight] = {}
     skipped: list[tuple[str, str]] = []
-    candidates = found = 0
+    candidates: list[str] = []
+    found = 0
     for prefix, module in model.named_modules():
         if not isinstance(module, types):
+            skipped += _of_other_classes(prefix, module)
             continue
-        candidates += 1
+        candidates.append(prefix)
         if not included(prefix, module):
             skipped.append((prefix, "not in include"))
             continue
         if excluded(prefix, module):
             skipped.append((prefix, "in exclude"))
             continue
-        layer_keywords, layer_dim = dict(keywords), dim
-        for matches, _, values in special:
+        own = dict(options)
+        pattern = None
+        for matches, _, glob, values in special:
             if matches(prefix, module):
-                layer_keywords.update({k: v for k, v in values.items() if k != "dim"})
-                layer_dim = values.get("dim", layer_dim)
+                own.update(values)
+                pattern = glob
         found += 1
-        if parametrize.is_parametrized(module) or _torch_hooked(module):
-            skipped.append((prefix, "parametrized already; see convert_spectral_norm"))
-            continue
         for name in _weight_names(module):
             label = _label(prefix, name)
             if name in module.__dict__.get(KEY, {}):
                 skipped.append((label, "normalised already"))
                 continue
+            if reason := foreign.obstacle(module, name):
+                skipped.append((label, reason))
+                continue
+            if parametrize.is_parametrized(module):
+                skipped.append((label, "another parameter of its module is parametrized"))
+                continue
             weight = module._parameters.get(name)
             if weight is None:
-                skipped.append((label, "no Parameter of this name (weight_norm?)"))
+                skipped.append((label, "no Parameter of this name"))
                 continue
             if isinstance(weight, nn.parameter.UninitializedTensorMixin):
                 skipped.append((label, "lazy: not initialised yet"))
@@ -181,7 +245,8 @@ def select(
             if weight.numel() == 0 and not hasattr(weight, "_fsdp_flattened"):
                 skipped.append((label, "no elements"))
                 continue
-            entry = _prepare(module, name, label, layer_dim, layer_keywords)
+            with _naming(f"overrides[{pattern!r}]") if pattern else contextlib.nullcontext():
+                entry = prepare_entry(module, name, label, own)
             first = entries.get(id(weight))
             if first is not None:
                 if first.settings != entry.settings:
@@ -190,25 +255,42 @@ def select(
                         "settings"
                     )
                 first.sites.append((module, name))
-            elif weight in _wrapped:
+            elif normalized_by(weight) is not None:
                 skipped.append((label, "its Parameter is normalised by another layer"))
             else:
                 entries[id(weight)] = entry
     unmatched = {
         "include": include_left,
         "exclude": exclude_left,
-        "overrides": set().union(*(left for _, left, _ in special)),
+        "overrides": set().union(*(left for _, left, *_ in special)),
     }
+    listed = ", ".join(repr(name) for name in candidates[:12])
+    listed += f" and {len(candidates) - 12} more" if len(candidates) > 12 else ""
     if not candidates or not found:
         raise ValueError(
             f"model: no layer to normalise in {type(model).__name__} "
-            f"(include={include!r}, exclude={exclude!r}, {candidates} candidates)"
+            f"(include={include!r}, exclude={exclude!r}, {len(candidates)} candidates"
+            f"{': ' + listed if candidates else ''})"
         )
     for argument, left in unmatched.items():
         if left and (argument != "include" or include is not None):
-            raise ValueError(f"{argument}: nothing matches {sorted(left)}")
+            raise ValueError(f"{argument}: nothing matches {sorted(left)}; there are {listed}")
     return list(entries.values()), skipped
 
 
-def _torch_hooked(module: nn.Module) -> bool:
-    return any(key.endswith("_orig") for key in module._parameters)
+def _of_other_classes(prefix: str, module: nn.Module) -> list[tuple[str, str]]:
+    """Matrices of classes that are not in layer_types, with what there is to say about them."""
+    found = {item.name: item for item in foreign.find(module) if item.module is module}
+    kind = type(module).__name__
+    skipped = []
+    for name, weight in module._parameters.items():
+        if weight is None or name in module.__dict__.get(KEY, {}):
+            continue
+        if isinstance(weight, nn.parameter.UninitializedTensorMixin) or weight.dim() < 2:
+            continue
+        name = name.removesuffix("_orig").removesuffix("_bar")
+        reason = f"{kind} is not in layer_types"
+        if name in found:
+            reason = foreign.obstacle(module, name) or reason
+        skipped.append((_label(prefix, name), reason))
+    return skipped

@@ -16,7 +16,11 @@ from srn_kernels.maths.matrix import state_dtype, vector_shape
 from srn_kernels.model.freshness import Freshness, State, is_split, version_of
 from srn_kernels.model.settings import Settings
 
+FORM = "_srn_form"  # module.__dict__[FORM]: {parameter name: the form it was converted from}
 KEY = "_srn"  # module.__dict__[KEY]: {parameter name: NormalizedWeight}
+
+
+FORM = "_srn_form"  # module.__dict__[FORM]: {parameter name: what convert took it from}
 
 
 class Owner:

@@ -1,57 +1,43 @@
-"""The interface people call: wrap layers, whole models, and take it off again."""
+"""The interface people call: wrap layers and whole models, look at them, and take it off again."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from srn_kernels.core.arguments import check_count
-from srn_kernels.model import loading, root
-from srn_kernels.model.freshness import State
+from srn_kernels.model import foreign, root
+from srn_kernels.model.attach import (
+    attach,
+    bake,
+    normalized_by,
+    refuse_in_use,
+)
 from srn_kernels.model.rounds import converge, current_weights
-from srn_kernels.model.select import _ATTENTION_OUTPUT, Pattern, _prepare, _wrapped, select
-from srn_kernels.model.settings import check_ratio
-from srn_kernels.model.weight import KEY, KeepState, NormalizedWeight
+from srn_kernels.model.select import (
+    _ATTENTION_OUTPUT,
+    NormalizedTwiceError,
+    Pattern,
+    prepare_entry,
+    select,
+)
+from srn_kernels.model.settings import Options, check_ratio, plain, takes_options
+from srn_kernels.model.undo import unchanged_on_error
+from srn_kernels.model.weight import KEY, NormalizedWeight
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+_CONTAINERS = (nn.ParameterList, nn.ParameterDict)
 
 
-def _attach(entry: NormalizedWeight, state: tuple[Tensor, Tensor] | None = None) -> None:
-    """Gives every site of a prepared entry its buffers and hooks."""
-    entry.set_state(*(state or entry.drawn_state()))
-    if state is not None:
-        entry.become(State.FRESH)
-    if entry.settings.gain:
-        entry.set_gain(nn.Parameter(entry.weight.detach().new_ones(1)))
-    _wrapped[entry.weight] = True
-    for module, name in entry.sites:
-        module.__dict__.setdefault(KEY, {})[name] = entry
-        module.__dict__.setdefault("_apply", KeepState(module))
-        root.hook_layer(module)
-        loading.hook_loading(module)
-
-
-def _detach(entry: NormalizedWeight) -> None:
-    """Undoes :func:`_attach`; the raw parameters stay."""
-    _wrapped.pop(entry.weight, None)
-    for module, name in entry.sites:
-        entries = module.__dict__.get(KEY, {})
-        entries.pop(name, None)
-        for suffix in ("_u", "_v"):
-            module._buffers.pop(name + suffix, None)
-            module._non_persistent_buffers_set.discard(name + suffix)
-        if entry.settings.gain:
-            module._parameters.pop(name + "_gain", None)
-        if not entries:
-            module.__dict__.pop(KEY, None)
-            module.__dict__.pop("_apply", None)
-            root.unhook_layer(module)
-            loading.unhook_loading(module)
-
-
+@takes_options()
 def stable_rank_norm(
     module: nn.Module,
     name: str = "weight",
@@ -59,125 +45,68 @@ def stable_rank_norm(
     n_power_iterations: int = 1,
     eps: float = 1e-12,
     dim: int | None = None,
-    *,
-    stable_rank: float | None = None,
-    init_iterations: int = 15,
-    backend: str = "auto",
-    gradient: str = "frozen",
-    preserve: int = 1,
-    sigma_max: float | None = None,
-    grad_through_sigma: bool = True,
-    gain: bool = False,
-    rule: str = "stable_rank",
+    **options: Unpack[Options],
 ) -> nn.Module:
     """Normalises one parameter of one layer (arXiv 1906.04659, Algorithm 2).
 
     The parameter stays what and where it is; during the layer's forward W_hat, with spectral norm
     1 and stable rank at most r, is seen in its place. The layer gains buffers ``<name>_u`` (rows,)
-    and ``<name>_v`` (columns,), float32, or float64 for a float64 weight.
+    and ``<name>_v`` (columns,), float32, or float64 for a float64 weight. It has to be called to be
+    normalised: a parent that reads ``child.weight`` without calling the child sees the raw
+    Parameter, unless the parent's own forward is a round (:func:`apply_stable_rank_norm`,
+    :func:`fuse` or :func:`convert_spectral_norm` on it).
 
     Args:
         module: the layer; modified in place and returned.
         name: of the parameter.
         rank_ratio: in (0, 1]; r = max(1, rank_ratio * min(rows, columns)); 1: no stable-rank
             constraint at all, that is spectral normalisation.
-        n_power_iterations: per training forward.
-        eps: |sigma| at or below it passes the weight unchanged.
-        dim: the output dimension; None: 1 for transposed convolutions, else 0.
-        stable_rank: r itself, >= 1, in place of the ratio.
-        init_iterations: power iterations now, and whenever the weight is found replaced.
-        backend: "auto", "reference", "cpu", "triton" or "cuda".
-        gradient: "frozen" (u and v held constant, as SN does), or "exact" (they turn with the
-            weight; differentiable once); the same at rank_ratio 1.
-        preserve: k, how many singular values keep their ratio to the largest (Theorem 1; fewer
-            where r is too small for k). Above 1 the buffers are blocks, (rows, k) and
-            (columns, k), of at most min(rows, columns) vectors. 0: the nearest matrix of stable
-            rank r, whose spectral norm exceeds 1. Other values than 1 run in plain PyTorch.
-        sigma_max: s, a soft bound in place of spectral norm 1: sigma W_hat / max(1, sigma / s), so
-            that a weight with sigma <= s keeps its norm (and at rank_ratio 1 stays as it is).
-        grad_through_sigma: whether the gradient goes through the divisor max(1, sigma / s).
-        gain: multiplies W_hat by a learnable Parameter ``<name>_gain`` (1,), 1 at first, which the
-            layer gains; create the optimiser afterwards.
-        rule: the normalisation, "stable_rank" or the name of one that
-            :func:`srn_kernels.register_rule` was given, which then says what the options mean.
+        n_power_iterations, eps, dim, options: see :class:`srn_kernels.Options`.
 
     Raises:
-        ValueError, TypeError: naming the argument; the module is as it was.
+        ValueError, TypeError: naming the argument; RuntimeError: a backend that cannot serve, or
+            (an error that is a ValueError too) a parameter that is normalised already. The module
+            is as it was.
     """
-    entry = _prepare(
-        module,
-        name,
-        name,
-        dim,
-        {
-            "rank_ratio": rank_ratio,
-            "stable_rank": stable_rank,
-            "n_power_iterations": n_power_iterations,
-            "eps": eps,
-            "init_iterations": init_iterations,
-            "backend": backend,
-            "gradient": gradient,
-            "preserve": preserve,
-            "sigma_max": sigma_max,
-            "grad_through_sigma": grad_through_sigma,
-            "gain": gain,
-            "rule": rule,
-        },
-    )
+    keywords = {"n_power_iterations": n_power_iterations, "eps": eps, "dim": dim, **options}
+    entry = prepare_entry(module, name, str(name), {"rank_ratio": rank_ratio, **keywords})
     if type(module) is _ATTENTION_OUTPUT:
         raise ValueError(
             "module: an output projection is read by its MultiheadAttention without being called; "
             "use apply_stable_rank_norm on the attention module or on the model"
         )
+    if isinstance(module, _CONTAINERS):
+        raise ValueError(
+            f"module: a {type(module).__name__} is never called, so that its parameters would stay "
+            "raw; give the weight to a layer that uses it in its forward"
+        )
     if entry.weight.numel() == 0:
         raise ValueError(f"{name} has no elements")
-    if entry.weight in _wrapped:
-        raise ValueError(
-            f"{name} is the Parameter of another normalised layer; wrap tied layers together with "
-            "one apply_stable_rank_norm call"
+    if (other := normalized_by(entry.weight)) is not None:
+        raise NormalizedTwiceError(
+            f"{name} is the Parameter of another normalised layer ({other.label}); wrap tied "
+            "layers together with one apply_stable_rank_norm call"
         )
-    _attach(entry)
-    converge([entry], provisional=True)
+    with unchanged_on_error(module):
+        attach(entry)
+        converge([entry], provisional=True)
     return module
 
 
+@takes_options()
 def spectral_norm(
     module: nn.Module,
     name: str = "weight",
     n_power_iterations: int = 1,
     eps: float = 1e-12,
     dim: int | None = None,
-    *,
-    stable_rank: float | None = None,
-    init_iterations: int = 15,
-    backend: str = "auto",
-    gradient: str = "frozen",
-    preserve: int = 1,
-    sigma_max: float | None = None,
-    grad_through_sigma: bool = True,
-    gain: bool = False,
-    rule: str = "stable_rank",
+    **options: Unpack[Options],
 ) -> nn.Module:
     """:func:`stable_rank_norm` with rank_ratio 1, and torch's own order of arguments."""
-    return stable_rank_norm(
-        module,
-        name,
-        1.0,
-        n_power_iterations,
-        eps,
-        dim,
-        stable_rank=stable_rank,
-        init_iterations=init_iterations,
-        backend=backend,
-        gradient=gradient,
-        preserve=preserve,
-        sigma_max=sigma_max,
-        grad_through_sigma=grad_through_sigma,
-        gain=gain,
-        rule=rule,
-    )
+    return stable_rank_norm(module, name, 1.0, n_power_iterations, eps, dim, **options)
 
 
+@takes_options()
 def apply_stable_rank_norm(
     model: nn.Module,
     rank_ratio: float = 0.7,
@@ -186,26 +115,15 @@ def apply_stable_rank_norm(
     exclude: Pattern = None,
     layer_types: Sequence[type] | None = None,
     overrides: Mapping[str, Mapping[str, Any]] | None = None,
-    n_power_iterations: int = 1,
-    eps: float = 1e-12,
-    dim: int | None = None,
-    stable_rank: float | None = None,
-    init_iterations: int = 15,
-    backend: str = "auto",
-    gradient: str = "frozen",
-    preserve: int = 1,
-    sigma_max: float | None = None,
-    grad_through_sigma: bool = True,
-    gain: bool = False,
-    rule: str = "stable_rank",
     groups: int = 1,
+    **options: Unpack[Options],
 ) -> nn.Module:
     """Normalises every layer of a model, one fused round per forward of ``model``.
 
     Args:
-        model: modified in place and returned. Layers that are normalised already stay as they are.
-        rank_ratio, n_power_iterations, eps, dim, stable_rank, init_iterations, backend, gradient,
-            preserve, sigma_max, grad_through_sigma, gain, rule: see :func:`stable_rank_norm`.
+        model: modified in place and returned. Layers that are normalised already stay as they are,
+            with the settings they have (:func:`set_rank_ratio` changes the ratio).
+        rank_ratio: as in :func:`stable_rank_norm`.
         include, exclude: module names, globs ("blocks.*.conv1"), or a callable
             ``(name, module) -> bool``. A pattern that matches no candidate raises ValueError.
         layer_types: classes in place of Linear, Conv1-3d and ConvTranspose1-3d; recurrent layers,
@@ -214,44 +132,72 @@ def apply_stable_rank_norm(
         groups: split the round into this many consecutive ones of about the same size, so that
             gradients of the last layers are complete while backward still runs, and
             DistributedDataParallel can send them meanwhile. Eager mode only.
+        options: see :class:`srn_kernels.Options`.
+
+    Warns (UserWarning) where something that looks like another spectral norm stays.
 
     Raises:
-        ValueError, TypeError: naming the argument or layer; the model is as it was.
+        ValueError, TypeError, RuntimeError: naming the argument or layer, also where no layer of
+            the model would be normalised by this library; the model is as it was.
     """
-    keywords = {
-        "rank_ratio": rank_ratio,
-        "stable_rank": stable_rank,
-        "n_power_iterations": n_power_iterations,
-        "eps": eps,
-        "init_iterations": init_iterations,
-        "backend": backend,
-        "gradient": gradient,
-        "preserve": preserve,
-        "sigma_max": sigma_max,
-        "grad_through_sigma": grad_through_sigma,
-        "gain": gain,
-        "rule": rule,
-    }
-    check_count(groups, "groups", 1)
-    added, skipped = select(
+    groups = check_count(plain(groups), "groups", 1)
+    added, left_out = select(
         model,
-        keywords,
-        dim=dim,
+        {"rank_ratio": rank_ratio, **options},
         include=include,
         exclude=exclude,
         layer_types=layer_types,
         overrides=overrides,
     )
-    this = root.group_of(model)
-    for entry in added:
-        _attach(entry)
-    _hook_readers(model)
-    this.add(added)
-    this.groups = groups
-    known = {name for name, _ in skipped} | {entry.label for entry in added}
-    this.skipped = [s for s in this.skipped if s[0] not in known] + skipped
-    converge(added, provisional=True)
+    if not added and not root.entries_of(model):
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in left_out[:8])
+        raise ValueError(
+            f"model: no layer of {type(model).__name__} would be normalised ({reasons})"
+        )
+    with changing(model):
+        this = root.group_of(model)
+        for entry in added:
+            attach(entry)
+        _hook_readers(model)
+        this.add(added)
+        this.groups = groups
+        note_skipped(model, left_out, {entry.label for entry in added})
+        converge(added, provisional=True)
+    warn_of_others(model, "apply_stable_rank_norm")
     return model
+
+
+@contextlib.contextmanager
+def changing(model: nn.Module) -> Iterator[None]:
+    """The model, its rounds and its entries are as they were where the block raises."""
+    rounds = [m.__dict__[root.GROUP] for m in model.modules() if root.GROUP in m.__dict__]
+    with unchanged_on_error(model, *rounds, *root.entries_of(model)):
+        yield
+
+
+def note_skipped(model: nn.Module, left_out: list[tuple[str, str]], taken: set[str]) -> None:
+    """Keeps what a call left out of the round, in place of what earlier calls said of the same."""
+    this = model.__dict__[root.GROUP]
+    known = {name for name, _ in left_out} | taken
+    this.skipped = [s for s in this.skipped if s[0] not in known] + left_out
+
+
+def warn_of_others(model: nn.Module, call: str) -> None:
+    """One warning a call where something that looks like spectral norm stays."""
+    staying = []
+    for prefix, module in model.named_modules():
+        for item in foreign.find(module):
+            inner = f"{prefix}.module" if item.module is not module else prefix
+            reason = item.reason or f"a {item.form} that convert_spectral_norm takes over"
+            staying.append(f"{inner + '.' if inner else ''}{item.name} ({reason})")
+    if staying:
+        warnings.warn(
+            f"{call}: what looks like another spectral norm stays on {'; '.join(staying[:8])}"
+            f"{f'; and {len(staying) - 8} more' if len(staying) > 8 else ''}; see "
+            "srn_kernels.skipped(model)",
+            UserWarning,
+            stacklevel=4,
+        )
 
 
 def _hook_readers(model: nn.Module) -> None:
@@ -263,7 +209,8 @@ def _hook_readers(model: nn.Module) -> None:
 
 
 def skipped(model: nn.Module) -> list[tuple[str, str]]:
-    """(name, reason) of every candidate that :func:`apply_stable_rank_norm` left out."""
+    """(name, reason) of what the last :func:`apply_stable_rank_norm` and
+    :func:`convert_spectral_norm` on ``model`` left as it is."""
     this = model.__dict__.get(root.GROUP)
     return [] if this is None else list(this.skipped)
 
@@ -274,10 +221,14 @@ def fuse(model: nn.Module, *, groups: int = 1) -> nn.Module:
     Layers that share a Parameter then share u, v and W_hat. groups: see
     :func:`apply_stable_rank_norm`. Returns the model; ValueError if nothing in it is normalised.
     """
-    check_count(groups, "groups", 1)
-    entries = root.entries_of(model)
-    if not entries:
-        raise ValueError(f"model: no normalised layer in {type(model).__name__}")
+    groups = check_count(plain(groups), "groups", 1)
+    entries = _all_entries(model)
+    with changing(model):
+        _fuse(model, entries, groups)
+    return model
+
+
+def _fuse(model: nn.Module, entries: Sequence[NormalizedWeight], groups: int) -> None:
     merged: dict[int, NormalizedWeight] = {}
     for entry in entries:
         first = merged.setdefault(id(entry.weight), entry)
@@ -292,7 +243,6 @@ def fuse(model: nn.Module, *, groups: int = 1) -> nn.Module:
     this.groups = groups
     this.add(list(merged.values()))
     _hook_readers(model)
-    return model
 
 
 def _merge(first: NormalizedWeight, other: NormalizedWeight) -> None:
@@ -310,15 +260,23 @@ def _merge(first: NormalizedWeight, other: NormalizedWeight) -> None:
 
 
 def _entry(layer: nn.Module, name: str) -> NormalizedWeight:
+    if not isinstance(layer, nn.Module):
+        raise TypeError(f"layer must be an nn.Module, got {type(layer).__name__}")
     entries = layer.__dict__.get(KEY, {})
     if name not in entries:
-        raise ValueError(f"name: {name!r} of {type(layer).__name__} is not normalised")
+        known = f"; normalised: {sorted(entries)}" if entries else ""
+        raise ValueError(f"name: {name!r} of {type(layer).__name__} is not normalised{known}")
     return entries[name]
 
 
 def is_normalized(layer: nn.Module, name: str = "weight") -> bool:
-    """Whether a parameter of this layer is normalised."""
-    return name in layer.__dict__.get(KEY, {})
+    """Whether a parameter of this layer is normalised when the layer is called: wrapped, still
+    there as a Parameter, and with this library's hooks on the layer."""
+    if not isinstance(layer, nn.Module):
+        raise TypeError(f"layer must be an nn.Module, got {type(layer).__name__}")
+    if name not in layer.__dict__.get(KEY, {}):
+        return False
+    return layer._parameters.get(name) is not None and root.is_hooked(layer)
 
 
 def normalized_weight(layer: nn.Module, name: str = "weight") -> Tensor:
@@ -337,7 +295,7 @@ def set_rank_ratio(model_or_layer: nn.Module, value: float) -> None:
 
     An absolute ``stable_rank`` is replaced by the ratio. ValueError if nothing is normalised.
     """
-    check_ratio(value)
+    value = check_ratio(plain(value))
     for entry in _all_entries(model_or_layer):
         entry.settings = replace(entry.settings, rank_ratio=value, stable_rank=None)
 
@@ -345,8 +303,7 @@ def set_rank_ratio(model_or_layer: nn.Module, value: float) -> None:
 def refresh(model: nn.Module, iterations: int = 15) -> nn.Module:
     """Converges u and v of every normalised layer anew; needed only after writes through ``.data``
     or writes that a compiled forward saw first. Returns the model."""
-    if not isinstance(iterations, int) or isinstance(iterations, bool) or iterations < 1:
-        raise ValueError(f"iterations must be an int >= 1, got {iterations!r}")
+    iterations = check_count(plain(iterations), "iterations", 1)
     converge(_all_entries(model), iterations)
     return model
 
@@ -355,6 +312,8 @@ def _all_entries(model: nn.Module) -> list[NormalizedWeight]:
     entries = root.entries_of(model)
     if not entries:
         raise ValueError(f"model: no normalised layer in {type(model).__name__}")
+    for entry in entries:
+        _ = entry.weight  # raises, naming the layer, where it is no longer there
     return entries
 
 
@@ -362,26 +321,60 @@ def remove_stable_rank_norm(model_or_layer: nn.Module) -> nn.Module:
     """Writes the present W_hat into the parameters and takes everything else off again.
 
     Evaluation output is unchanged; there is no power iteration; Parameters keep their identity.
-    Returns the module; ValueError if nothing in it is normalised.
+    Returns the module; ValueError if nothing in it is normalised, or if a Parameter has another
+    owner in it that is not normalised and would be changed too (:func:`export` unties those).
     """
     entries = _all_entries(model_or_layer)
-    for entry in entries:
-        if entry.shadow is not None:
-            raise RuntimeError("remove_stable_rank_norm cannot be called inside a forward")
-    with torch.no_grad():
-        for entry, out in zip(entries, current_weights(entries), strict=True):
-            entry.weight.copy_(out)
-            root.release(entry)
-            _detach(entry)
-    for module in model_or_layer.modules():
+    for entry, owner in _other_owners(model_or_layer, entries):
+        raise ValueError(
+            f"{entry.label!r} is the Parameter {owner!r} too, which is not normalised and would "
+            "change; untie them first, or use srn_kernels.export(model), which unties its copy"
+        )
+    bake(entries)
+    return _without_rounds(model_or_layer)
+
+
+def _other_owners(
+    model: nn.Module, entries: Sequence[NormalizedWeight]
+) -> list[tuple[NormalizedWeight, str]]:
+    """(entry, parameter name) wherever a normalised Parameter is used as it is as well."""
+    by_weight = {id(e.weight): e for e in entries}
+    found = []
+    for prefix, module in model.named_modules():
+        for name, parameter in module._parameters.items():
+            entry = by_weight.get(id(parameter))
+            if entry is not None and not any(m is module and n == name for m, n in entry.sites):
+                found.append((entry, f"{prefix}.{name}" if prefix else name))
+    return found
+
+
+def _without_rounds(model: nn.Module) -> nn.Module:
+    for module in model.modules():
         this = module.__dict__.get(root.GROUP)
         if this is not None and not this.current():
             root.drop_group(module)
         if module.__dict__.pop(root.READERS, None) and KEY not in module.__dict__:
             root.unhook_layer(module)
-    return model_or_layer
+    return model
 
 
 def export(model: nn.Module) -> nn.Module:
-    """A plain copy of ``model`` with W_hat as its parameters; the original is left alone."""
-    return remove_stable_rank_norm(copy.deepcopy(model))
+    """A plain copy of ``model`` with W_hat as its parameters; the original is left alone.
+
+    Parameters that a module which is not normalised shares are untied in the copy: it keeps the
+    raw weight. Conv-bn fusion, opacus, torch.fx, ONNX and TorchScript work on the copy.
+    """
+    refuse_in_use(_all_entries(model), "export")
+    # What hooks of others (weight_norm) leave in a module is no leaf, and made anew in its forward.
+    memo: dict[int, Any] = {
+        id(value): value.detach().clone()
+        for module in model.modules()
+        for value in module.__dict__.values()
+        if isinstance(value, Tensor) and not value.is_leaf
+    }
+    copied = copy.deepcopy(model, memo)
+    entries = root.entries_of(copied)
+    shared = {id(e) for e, _ in _other_owners(copied, entries)}
+    bake([e for e in entries if id(e) not in shared])
+    bake([e for e in entries if id(e) in shared], untie=True)
+    return _without_rounds(copied)

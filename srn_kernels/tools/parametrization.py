@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from srn_kernels import functional
 from srn_kernels.maths.matrix import state_dtype
-from srn_kernels.model.settings import Settings
+from srn_kernels.model.settings import Settings, plain
 from srn_kernels.model.weight import check_weight
 
 
@@ -32,12 +32,21 @@ class StableRankNorm(nn.Module):
         dim: int = 0,
     ) -> None:
         super().__init__()
+        if not isinstance(weight, Tensor):
+            remedy = ", not the module" if isinstance(weight, nn.Module) else ""
+            raise TypeError(
+                f"weight must be a Tensor{remedy}, got {type(weight).__name__}; "
+                "StableRankNorm(module.weight)"
+            )
         check_weight(self, weight, "weight")
-        if weight.dim() > 1 and not -weight.dim() <= dim < weight.dim():
+        dim = plain(dim)
+        if not isinstance(dim, int) or isinstance(dim, bool):
+            raise TypeError(f"dim must be an int, got {dim!r}")
+        if not -weight.dim() <= dim < weight.dim():
             raise ValueError(f"dim {dim} is no dimension of a weight of {tuple(weight.shape)}")
         settings = Settings(rank_ratio=rank_ratio, n_power_iterations=n_power_iterations, eps=eps)
-        self.rank_ratio = rank_ratio
-        self.n_power_iterations = n_power_iterations
+        self.rank_ratio = settings.rank_ratio
+        self.n_power_iterations = settings.n_power_iterations
         self.eps = settings.eps
         self.dim = dim % weight.dim()
         if weight.dim() == 1:

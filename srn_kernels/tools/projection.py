@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from srn_kernels import functional
+from srn_kernels.core.arguments import check_count
 from srn_kernels.maths.matrix import state_dtype
 from srn_kernels.model.select import Pattern, select
+from srn_kernels.model.settings import Options, plain, takes_options
 from srn_kernels.model.weight import NormalizedWeight
 
-_MEANINGLESS = {"gradient", "preserve", "sigma_max", "grad_through_sigma", "gain", "rule"}
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+_MEANINGLESS = ("gradient", "preserve", "sigma_max", "grad_through_sigma", "gain", "rule")
+
+
+_WRAPPED = ("normalised already", "its Parameter is normalised by another layer")
 
 
 class Projection:
@@ -78,6 +86,8 @@ class Projection:
     @torch.no_grad()
     def refresh(self, iterations: int | None = None) -> None:
         """Converges u and v anew (``init_iterations`` unless given); the weights stay."""
+        if iterations is not None:
+            iterations = check_count(plain(iterations), "iterations", 1)
         for group in self._grouped():
             arguments, keywords = self._arguments(group)
             n = self._entries[group[0]].settings.init_iterations
@@ -92,6 +102,8 @@ class Projection:
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Takes over what :meth:`state_dict` gave; ValueError if names or shapes differ."""
+        if not isinstance(state, Mapping):
+            raise TypeError(f"state must be a mapping, got {type(state).__name__}")
         if set(state) != set(self.names):
             raise ValueError(f"state: names differ in {sorted(set(state) ^ set(self.names))}")
         for entry, pair in zip(self._entries, self._state, strict=True):
@@ -110,6 +122,7 @@ class Projection:
         self._handle.remove()
 
 
+@takes_options(without=_MEANINGLESS)
 def project_after_step(
     optimizer: Optimizer,
     model: nn.Module,
@@ -119,12 +132,7 @@ def project_after_step(
     exclude: Pattern = None,
     layer_types: Sequence[type] | None = None,
     overrides: Mapping[str, Mapping[str, Any]] | None = None,
-    n_power_iterations: int = 1,
-    eps: float = 1e-12,
-    dim: int | None = None,
-    stable_rank: float | None = None,
-    init_iterations: int = 15,
-    backend: str = "auto",
+    **options: Unpack[Options],
 ) -> Projection:
     """Normalises weights in place after every step of an optimiser (projected gradient).
 
@@ -136,7 +144,8 @@ def project_after_step(
     Args:
         optimizer: the weights of ``model`` that it does not hold are left alone (see ``skipped``).
         model: not modified; the other arguments choose its layers and their constraint as in
-            :func:`srn_kernels.apply_stable_rank_norm`.
+            :func:`srn_kernels.apply_stable_rank_norm`, with those of :class:`srn_kernels.Options`
+            that have a meaning without a W_hat in the forward.
 
     Returns:
         A :class:`Projection`, with ``project()``, ``refresh()``, ``remove()`` and a state_dict.
@@ -147,27 +156,20 @@ def project_after_step(
     """
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"optimizer must be a torch Optimizer, got {type(optimizer).__name__}")
-    keywords = {
-        "rank_ratio": rank_ratio,
-        "stable_rank": stable_rank,
-        "n_power_iterations": n_power_iterations,
-        "eps": eps,
-        "init_iterations": init_iterations,
-        "backend": backend,
-    }
     entries, skipped = select(
         model,
-        keywords,
-        dim=dim,
+        {"rank_ratio": rank_ratio, **options},
         include=include,
         exclude=exclude,
         layer_types=layer_types,
         overrides=overrides,
     )
-    for values in (overrides or {}).values():
-        if kept := set(values) & _MEANINGLESS:
-            raise ValueError(f"overrides: {sorted(kept)} have no meaning for a projection")
-    wrapped = [name for name, reason in skipped if "normalised" in reason]
+    for pattern, values in (overrides or {}).items():
+        if kept := set(values).intersection(_MEANINGLESS):
+            raise ValueError(
+                f"overrides[{pattern!r}]: {sorted(kept)} have no meaning for a projection"
+            )
+    wrapped = [name for name, reason in skipped if reason in _WRAPPED]
     if wrapped:
         raise ValueError(f"model: {wrapped} are normalised by srn_kernels already")
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}

@@ -251,14 +251,16 @@ def check_range(backend: ModuleType, scale: float) -> None:
 
 
 def check_evaluation_with_shrunk_and_negative_vectors(backend: ModuleType) -> None:
-    """Evaluation normalises u and v that are no unit vectors, and turns sigma positive."""
+    """Evaluation normalises u and v that are no unit vectors, and uses sigma with its sign."""
     weights = [(torch.randn(40, 96), 0), (torch.randn(20, 27), 0)]
     made = Round.make(weights, backend=backend)
-    for u, v in zip(made.us, made.vs, strict=True):
-        u *= -0.6
+    for weight, dim, u, v in zip(made.weights, made.dims, made.us, made.vs, strict=True):
+        w = oracle.matrix_of(weight.cpu(), dim)
+        sigma = float(u.cpu().double() @ w @ v.cpu().double())
+        u *= -0.6 if sigma > 0 else 0.6
         v *= 0.3
     check_round(made, 0)
-    assert (Stats(*made.stats.unbind(-1)).sigma > 0).all()
+    assert (Stats(*made.stats.unbind(-1)).sigma < 0).all()
 
 
 def check_a_repeated_round(backend: ModuleType) -> None:

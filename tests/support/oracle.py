@@ -48,11 +48,11 @@ class Layer(NamedTuple):
 
 
 def iterate(w: Tensor, u: Tensor, v: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
-    """u, v after power iterations; unit and with sigma >= 0 where ``iterations`` is 0."""
+    """u, v after power iterations; unit and of either sign of sigma where ``iterations`` is 0."""
     u, v = u.double(), v.double()
     if iterations == 0:
         u, v = u / u.norm(), v / v.norm()
-        return (-u if u @ w @ v < 0 else u), v
+        return u, v
     for _ in range(iterations):
         s = w @ v
         t = w.T @ s
@@ -127,7 +127,7 @@ class Bounds:
             return
         # sigma^ - u^T W v: two products, each off by e |W|_F.
         both = self.row_error + self.column_error
-        self.sigma = 2 * both * self.frobenius / layer.sigma
+        self.sigma = 2 * both * self.frobenius / abs(layer.sigma)
         # q + 1 = |W|_F^2 / sigma^2, gamma ~ q^-1/2.
         self.q = (layer.q + 1) * (2 * self.sigma + self.row_error)
         active = layer.branch == STABLE_RANK
@@ -141,7 +141,7 @@ class Bounds:
             return rounding
         scaled = self.gamma + layer.gamma * (self.sigma + 4 * unit)
         along = self.gamma + 4 * unit
-        return layer.w.abs() / layer.sigma * scaled + layer.outer.abs() * along + rounding
+        return layer.w.abs() / abs(layer.sigma) * scaled + layer.outer.abs() * along + rounding
 
     def gradient(self, g: Tensor, out: torch.dtype) -> Tensor:
         """Of each element of gamma / sigma (G - d / q W / sigma + (d / q - <G, E>) E)."""
@@ -166,7 +166,7 @@ class Bounds:
         parts = 4 * unit * (g.abs() + weight_part * w + outer_part * e)
         parts = parts + weight_error * w + outer_error * e
         common = self.gamma / layer.gamma + self.sigma + 4 * unit
-        return layer.gamma / layer.sigma * parts + common * expected + rounding
+        return layer.gamma / abs(layer.sigma) * parts + common * expected + rounding
 
 
 def iteration_bounds(

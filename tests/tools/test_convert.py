@@ -6,51 +6,13 @@ import copy
 
 import pytest
 import torch
-import torch.nn.functional as F
 from models import Discriminator, images, is_raw, matrix, wrapped_layers
+from peers import add_stable_rank_hook
 from torch import nn
 from torch.nn.utils import parametrizations
 from torch.nn.utils import spectral_norm as legacy_spectral_norm
 
 import srn_kernels as srn
-
-
-class StableRankHook:
-    """The attributes and arithmetic of the public hook, for dim 0 where it is right."""
-
-    def __init__(self, name: str, rank_ratio: float) -> None:
-        self.name, self.dim, self.n_power_iterations, self.eps = name, 0, 1, 1e-12
-        self.rank_ratio = rank_ratio
-
-    def compute_weight(self, module: nn.Module, do_power_iteration: bool) -> torch.Tensor:
-        weight = getattr(module, self.name + "_orig")
-        u, v = (getattr(module, self.name + s) for s in ("_u", "_v"))
-        w = weight.flatten(1)
-        if do_power_iteration:
-            with torch.no_grad():
-                v.copy_(F.normalize(w.T @ u, dim=0))
-                u.copy_(F.normalize(w @ v, dim=0))
-            u, v = u.clone(), v.clone()
-        w = w / (u @ w @ v)
-        if self.rank_ratio <= 0.9999:
-            e = torch.outer(u, v)
-            limit = (self.rank_ratio * min(w.shape) - 1) ** 0.5
-            if (w - e).norm() > limit:
-                w = e + (w - e) * limit / (w - e).norm()
-        return w.reshape(weight.shape)
-
-    def __call__(self, module: nn.Module, inputs: object) -> None:
-        setattr(module, self.name, self.compute_weight(module, module.training))
-
-
-def add_stable_rank_hook(module: nn.Module, rank_ratio: float) -> nn.Module:
-    weight = module._parameters.pop("weight")
-    module.register_parameter("weight_orig", weight)
-    module.weight = weight.data
-    module.register_buffer("weight_u", F.normalize(torch.randn(weight.shape[0]), dim=0))
-    module.register_buffer("weight_v", F.normalize(torch.randn(weight[0].numel()), dim=0))
-    module.register_forward_pre_hook(StableRankHook("weight", rank_ratio))
-    return module
 
 
 def with_torch_sn(form: str) -> Discriminator:

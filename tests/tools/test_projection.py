@@ -10,7 +10,8 @@ from models import Discriminator, images, matrix
 from torch import Tensor, nn
 
 import srn_kernels as srn
-from srn_kernels import functional, reference
+from srn_kernels import reference
+from srn_kernels.core.arguments import effective_rank
 
 
 def setup(optimizer=torch.optim.SGD, **keywords):
@@ -69,7 +70,7 @@ def test_it_equals_the_functional_core_step_for_step() -> None:
     for w, expected in zip(weights, before, strict=True):
         torch.testing.assert_close(w.detach(), expected)
     torch.testing.assert_close(projection.state_dict()["up.weight"]["u"], us[1])
-    assert functional.effective_rank(0.4, 1, 1536) == float("inf")
+    assert effective_rank(0.4, 1, 1536) == float("inf")
 
 
 def test_training_keeps_the_constraint_with_one_iteration_a_step() -> None:

@@ -196,8 +196,6 @@ def _finish_pass(record, pointers, scratch, round_state, stats, last_pass):
         sigma = tl.where(u_norm > 0, v_norm / u_norm * GROW_SQ, u_norm)
     else:
         sigma = tl.sum(dot) / u_norm / v_norm
-        u_norm = tl.where(sigma < 0, -u_norm, u_norm)
-        sigma = tl.abs(sigma)
 
     if last_pass:
         frobenius_sq = _sum_doubles(squares, tl.load(record + SLABS).to(tl.int32)) * GROW_SQ
@@ -254,8 +252,8 @@ def _write_stats(record, pointers, stats, sigma, frobenius_sq):
     nan = float("nan")
     r = _double(pointers, TARGET_RANK)
     ratio = frobenius_sq / sigma / sigma
-    finite = (sigma <= LARGEST) & (frobenius_sq <= LARGEST)  # false for NaN
-    good = finite & (sigma > _double(pointers, EPS))
+    finite = (tl.abs(sigma) <= LARGEST) & (frobenius_sq <= LARGEST)  # false for NaN
+    good = finite & (tl.abs(sigma) > _double(pointers, EPS))
     # q = |W / sigma - u v^T|_F^2 = |W|_F^2 / sigma^2 - 1 for any unit u, v
     q = tl.where(good & (ratio > 1), ratio - 1, 0.0)
     active = good & (q > r - 1)
