@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import torch
 
+from srn_kernels.backends import built
+
 DEVICES = frozenset({"cpu"})
 STATE_DTYPES = frozenset({torch.float32, torch.float64})
 
-try:
-    from srn_kernels import _C
-except ImportError as error:
-    _C = None
-    _REASON: str | None = f"the extension srn_kernels._C is not built ({error})"
-else:
-    _REASON = None
+_C, _REASON = built.load("srn_kernels._C")
+if _C is not None:
     normalize = _C.normalize
     normalize_backward = _C.normalize_backward
 
