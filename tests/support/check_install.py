@@ -18,7 +18,7 @@ import time
 import zipfile
 from pathlib import Path
 
-SOURCE = Path(__file__).resolve().parents[1]
+SOURCE = Path(__file__).resolve().parents[2]
 TOOLS = ["setuptools>=77", "wheel", "ninja", "pybind11", "numpy"]  # as in pyproject.toml
 SMOKE = """
 import json, sys, warnings, torch
