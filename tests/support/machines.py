@@ -1,7 +1,7 @@
 """The numerical tests as other processors would compute them: ``make test-machines``.
 
 A setting stands for a kind of machine: which code MKL, torch's own loops and our kernels take, and
-over how many threads. What a setting changes on the processor at hand is measured, not believed: MKL
+over how many threads. What it changes on the processor at hand is measured, not believed: MKL
 ignores MKL_ENABLE_INSTRUCTIONS on AMD, for instance. One that changes nothing is not run again.
 """
 
