@@ -4,6 +4,11 @@
 #                 FULL=1 for every kind of layer and whole models
 # make gpu-check  on a GPU machine: build, tests, launches, benchmarks, into OUT; needs no network
 #                 and no virtual environment, PYTHON must have torch and triton
+# make test-machines  the numerical tests under other instruction sets and numbers of threads
+# make check-install  tries every way to install, from empty environments; TORCH is what with
+# make build-cuda     the CUDA backend against a CUDA build of torch (3 to 4 GB, CUDA_TORCH) in an
+#                     environment of its own, .venv-cuda; needs no GPU
+# make dist   source distribution and wheel, checked, into dist/
 # make bench  the CPU benchmark suite, 10 minutes; BENCH_ARGS=--quick for a minute, --save to keep rows
 #
 # PYTHON chooses the interpreter of the virtual environment, TORCH the requirement for torch.
@@ -11,6 +16,7 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 OUT ?= out
+CUDA_TORCH ?= torch
 BENCH_ARGS ?=
 TEST_ARGS ?=
 GPU_CHECK_ARGS ?=
@@ -30,9 +36,10 @@ NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/* csrc/cuda/*)
 FORMATTED := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cpu/*.inc csrc/cuda/*.cu \
 	csrc/cuda/*.cpp csrc/cuda/*.h csrc/cuda/shim/*.cpp csrc/cuda/shim/*.h)
 
-.PHONY: setup demo test tsan lint format kernels gpu-check bench clean
+.PHONY: setup demo test test-machines check-install build-cuda dist tsan lint format kernels gpu-check \
+	bench clean
 
-$(VENV)/created: pyproject.toml
+$(VENV)/created: pyproject.toml python/pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)" numpy
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
@@ -41,7 +48,7 @@ $(VENV)/created: pyproject.toml
 
 $(VENV)/built: $(VENV)/created setup.py $(NATIVE)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
-		--no-build-isolation --editable ".[triton,lab,bench,test,dev]"
+		--no-build-isolation --editable ".[triton,bench,test,dev]" --editable ./python
 	touch $@
 
 setup: $(VENV)/built
@@ -74,6 +81,26 @@ ifeq ($(shell uname -s),Linux)
 	$(MAKE) --no-print-directory kernels
 endif
 
+test-machines: setup
+	$(BIN)/python tests/support/machines.py
+
+check-install:
+	$(PYTHON) tests/support/check_install.py --torch "$(TORCH)"
+
+# nvcc is the one at hand if it fits torch's CUDA, else that of pip's packages.
+build-cuda:
+	test -x $(VENV)-cuda/bin/python || $(PYTHON) -m venv $(VENV)-cuda
+	$(VENV)-cuda/bin/python -m pip install --quiet --disable-pip-version-check "$(CUDA_TORCH)" numpy \
+		"setuptools>=77" wheel ninja pybind11 pytest nvidia-cuda-cuobjdump
+	$(VENV)-cuda/bin/python tests/support/build_cuda.py
+
+dist: setup
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation --outdir dist .
+	$(BIN)/python -m twine check --strict dist/*
+	ls -l dist
+	$(PYTHON) tests/support/check_install.py --torch "$(TORCH)" --only "a wheel"
+
 # The CUDA kernels on the CPU under ThreadSanitizer; Linux on x86-64, with g++.
 tsan: setup
 	$(BIN)/python tests/support/cuda_tsan.py
@@ -82,4 +109,4 @@ bench: setup
 	$(BIN)/python -m benchmarks run $(BENCH_ARGS)
 
 clean:
-	rm -rf build $(OUT) srn_kernels/backends/*.so *.egg-info
+	rm -rf build dist $(OUT) srn_kernels/backends/*.so srn_kernels/backends/built.json *.egg-info

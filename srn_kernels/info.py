@@ -7,7 +7,7 @@ import platform
 import torch
 
 import srn_kernels
-from srn_kernels.backends import available_backends, cpu
+from srn_kernels.backends import available_backends, built, cpu
 
 
 def lines() -> list[str]:
@@ -19,6 +19,12 @@ def lines() -> list[str]:
         f"{torch.get_num_threads()} threads",
         f"CUDA of torch: {torch.version.cuda or 'none'}",
     ]
+    against = built.record().get("torch")
+    facts.append(
+        f"compiled backends: built against torch {against}"
+        if against
+        else "compiled backends: none were built; plain PyTorch serves, several times slower"
+    )
     for name, reason in available_backends().items():
         facts.append(f"backend {name}: {'live' if reason is None else 'not available: ' + reason}")
     return facts

@@ -34,8 +34,10 @@ class _Triples(NamedTuple):
 class TopSingular(_Triples):
     """(U, S, V) of :func:`top_singular`, which knows how good they are.
 
-    ``residual`` (..., k): the larger of |W v - s u| and |W^T u - s v|, plus a bound on rounding,
-    computed from U, S, V themselves: a singular value of W lies within it of each s.
+    ``residual`` (..., k): the larger of |W v - s u| and |W^T u - s v|, computed from U, S, V
+    themselves, plus what rounding can hide in them, eps (4 |W|_F + sqrt(n) s_1) with n =
+    max(rows, columns): a singular value of W lies within it of each s. Another method's value,
+    an SVD's for instance, has its own rounding besides, up to about n eps s_1.
     ``iterations``: power steps taken. ``converged`` (...): whether the tolerance was met.
     """
 
@@ -168,7 +170,9 @@ def power_triples(
         # The next sweep starts from one power step beyond the Ritz vectors.
         x = _orthonormal(w.mT @ u)
     found = TopSingular(u[..., :k], s[..., :k], v[..., :k])
-    found.residual = residual + rounding.unsqueeze(-1)
+    # What of a row lies along v adds up in one direction: its rounding grows like sqrt(n).
+    aligned = math.sqrt(max(w.shape[-2:])) * torch.finfo(w.dtype).eps * s[..., 0]
+    found.residual = residual + (rounding + aligned).unsqueeze(-1)
     found.iterations, found.converged = done, met
     return found
 

@@ -26,6 +26,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
     parser.addoption(
+        "--instruction-set",
+        default="auto",
+        help="which code of the CPU kernels to run: baseline, avx2, avx512",
+    )
+
+    parser.addoption(
         "--cuda-shim",
         action="store_true",
         help="build csrc/cuda for the CPU and let it serve CPU tensors as the cuda backend",
@@ -41,6 +47,10 @@ def pytest_configure(config: pytest.Config) -> None:
         import cuda_shim  # with the compiler's tools
 
         cuda_shim.install()
+    if (chosen := config.getoption("--instruction-set")) != "auto":
+        extension = backends.load("cpu")._cpu
+        if extension is None or not extension.select_instruction_set(chosen):
+            raise pytest.UsageError(f"the CPU kernels have no {chosen} code for this processor")
     live = srn.available_backends()
     for name in config.getoption("--require-backend"):
         if live[name] is not None:

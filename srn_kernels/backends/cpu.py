@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import torch
 
+from srn_kernels.backends import built
+
 DEVICES = frozenset({"cpu"})
 STATE_DTYPES = frozenset({torch.float32, torch.float64})
 
-try:
-    from srn_kernels.backends import _cpu
-except ImportError as error:
-    _cpu = None
-    _REASON: str | None = f"the extension srn_kernels.backends._cpu is not built ({error})"
-else:
-    _REASON = None
+_cpu, _REASON = built.load("srn_kernels.backends._cpu")
+if _cpu is not None:
     normalize = _cpu.normalize
     normalize_backward = _cpu.normalize_backward
 

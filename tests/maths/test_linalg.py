@@ -29,6 +29,11 @@ def values(x: Tensor) -> Tensor:
     return torch.linalg.svdvals(x.double())
 
 
+def svd_rounding(w: Tensor) -> float:
+    """How far ``values`` may be off, as numpy and MATLAB bound it for a rank: n eps s_1."""
+    return max(w.shape) * torch.finfo(torch.float64).eps * float(values(w)[0])
+
+
 def srank(x: Tensor) -> float:
     s = values(x)
     return float((s / s[0]).square().sum())
@@ -293,11 +298,13 @@ def test_the_certified_residual_holds(case: tuple[Tensor, str], k: int, iteratio
     u, s, v = (t.double() for t in found)
     expected = values(w)[:k]
     assert found.iterations <= iterations
-    assert ((s - expected).abs() <= found.residual.double()).all()
-    # It is what it says: recomputed in float64, rounding on top.
+    # The residual bounds the rounding of the one side, that of the SVD is the other's.
+    other = svd_rounding(w)
+    assert ((s - expected).abs() <= found.residual.double() + other).all()
+    # It is what it says, recomputed in float64, which rounds too.
     w64 = w.double()
     for a, b in ((w64 @ v, u * s), (w64.T @ u, v * s)):
-        assert ((a - b).norm(dim=0) <= found.residual.double()).all()
+        assert ((a - b).norm(dim=0) <= found.residual.double() + other).all()
     unit = 1e-12 if w.dtype == torch.float64 else 1e-5
     for basis in (u, v):
         assert (basis.T @ basis - torch.eye(k)).abs().max() <= unit
@@ -328,7 +335,7 @@ def test_power_method_against_svd_on_workload_shapes(kind: str) -> None:
         expected = values(w)[:k]
         error = (found.S.double() - expected).abs()
         assert (error <= 1e-4 * expected).all(), (rows, columns)
-        assert (error <= found.residual).all(), (rows, columns)
+        assert (error <= found.residual + svd_rounding(w)).all(), (rows, columns)
         assert found.converged, (rows, columns)
 
 
@@ -361,7 +368,8 @@ def test_the_power_space_of_a_low_rank_matrix_runs_out(dtype: torch.dtype) -> No
                 for k in (1, 4):
                     found = linalg.top_singular(w, k)
                     assert found.converged
-                    assert ((found.S.double() - values(w)[:k]).abs() <= found.residual).all()
+                    error = (found.S.double() - values(w)[:k]).abs()
+                    assert (error <= found.residual + svd_rounding(w)).all()
                     for basis in (found.U, found.V):
                         off = basis.T @ basis - torch.eye(k, dtype=dtype)
                         assert off.abs().max() <= 50 * torch.finfo(dtype).eps
@@ -374,9 +382,10 @@ def test_iterations_and_tolerance_are_kept() -> None:
     assert not few.converged
     assert many.converged
     assert few.residual.max() > many.residual.max()
-    assert float(many.residual.max()) <= 1e-9 * float(many.S[0]) + 1e-12
+    # tol, and the rounding that the residual always holds: 4 |W|_F + sqrt(n) s_1 = 74 s_1 eps
+    assert float(many.residual.max()) <= 1.1e-9 * float(many.S[0])
     _, s, _ = many  # a plain triple
-    torch.testing.assert_close(s, values(w)[:2], rtol=1e-12, atol=0)
+    torch.testing.assert_close(s, values(w)[:2], rtol=0, atol=2 * svd_rounding(w))
     assert linalg.top_singular(w.half(), 2).S.dtype == torch.float32
 
 

@@ -51,7 +51,8 @@ def test_torch_checkpoints_load_strictly_and_evaluate_the_same(form: str, assign
     for layer, theirs in zip(model.children(), source.children(), strict=True):
         assert torch.equal(layer.weight, raw_weight(theirs))
     before = state(model)
-    torch.testing.assert_close(model(x), source(x), rtol=2e-6, atol=2e-6)
+    # as in test_convert.py: 20 units a layer, three layers
+    torch.testing.assert_close(model(x), source(x), rtol=4e-6, atol=4e-6)
     assert all(torch.equal(before[k], v) for k, v in state(model).items())  # kept exactly
 
 

@@ -11,6 +11,7 @@ from types import ModuleType
 
 import torch
 
+from srn_kernels.backends import built
 from srn_kernels.backends.cuda import planning
 
 DEVICES = frozenset({"cuda"})
@@ -26,12 +27,8 @@ def install(module: ModuleType) -> None:
     normalize, normalize_backward = module.normalize, module.normalize_backward
 
 
-try:
-    from srn_kernels.backends import _cuda
-except ImportError as error:
-    _REASON: str | None = f"the extension srn_kernels.backends._cuda is not built ({error})"
-else:
-    _REASON = None
+_cuda, _REASON = built.load("srn_kernels.backends._cuda")
+if _cuda is not None:
     install(_cuda)
 
 
