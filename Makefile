@@ -16,7 +16,7 @@ TEST_ARGS ?=
 GPU_CHECK_ARGS ?=
 
 # Tests of the Triton kernels in Triton's interpreter; their own file skips without it or a GPU.
-INTERPRETED := tests/backends/test_triton_kernels.py tests/test_traffic.py tests/core/test_functional.py \
+INTERPRETED := tests/backends/test_triton_kernels.py tests/benchmarks/test_traffic.py tests/core/test_functional.py \
 	-k "triton and not any_scale and not any_layer"
 
 # Tests of the CUDA kernels, compiled for the CPU against csrc/cuda/shim.
@@ -64,7 +64,7 @@ kernels: setup
 	$(BIN)/python -m srn_kernels.backends.cuda.compile
 
 gpu-check:
-	PYTHONPATH="$(CURDIR):$(CURDIR)/python" $(PYTHON) -m benchmarks.gpu_check --out "$(OUT)" $(GPU_CHECK_ARGS)
+	PYTHONPATH="$(CURDIR):$(CURDIR)/python" $(PYTHON) -m benchmarks gpu check --out "$(OUT)" $(GPU_CHECK_ARGS)
 
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile --require-backend cpu $(TEST_ARGS)

@@ -1,0 +1,87 @@
+"""The correctness gate: no provider is timed before its results agree with float64."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from benchmarks.cases.runner import Runner
+from benchmarks.cases.workloads import Problem
+from srn_kernels.maths.top_one import normalize_layer
+
+SAFETY = 8.0
+EPS = torch.finfo(torch.float32).eps
+
+
+class WrongResult(AssertionError):
+    """A provider's numbers are not those of the equations."""
+
+
+@dataclass(frozen=True)
+class Oracle:
+    """W_hat and dL/dW of one step in float64 (kept in float32), and the errors to allow."""
+
+    outputs: list[Tensor]
+    grads: list[Tensor]
+    tolerances: list[float]
+
+    def check(self, name: str, what: str, results: Sequence[Tensor], allowance: float) -> None:
+        """Raises :class:`WrongResult` naming the layer that is furthest off."""
+        wanted = self.grads if what == "gradient" else self.outputs
+        if len(results) != len(wanted):
+            raise WrongResult(f"{name}: {len(results)} results for {len(wanted)} layers")
+        for i, (result, want) in enumerate(zip(results, wanted, strict=True)):
+            # A target rank of 1 has a gradient of 0.
+            error = float((result.detach().float() - want).norm() / want.norm().clamp_min(EPS))
+            allowed = max(self.tolerances[i], allowance)
+            if not error <= allowed:
+                raise WrongResult(
+                    f"{name}: {what} of layer {i}, shape {tuple(want.shape)}, is off by "
+                    f"{error:.1e} relative, {allowed:.1e} is allowed"
+                )
+
+
+def make_oracle(problem: Problem, rank_ratio: float, v_first: bool = False) -> Oracle:
+    """One training step from the problem's u and v, layer by layer in float64.
+
+    ``v_first`` starts the power iteration with v, which is the same step on W^T.
+
+    The rounding of float32 sums is about EPS times the norms of a dot product's two vectors, that
+    is EPS |W|_F / sigma relative to sigma, and up to sqrt(n) EPS for a sum of n squares.
+    """
+    outputs, grads, tolerances = [], [], []
+    for i, target_rank in enumerate(problem.target_ranks(rank_ratio)):
+        dim = 1 if v_first else 0
+        u, v = problem.us[i].double(), problem.vs[i].double()
+        weight = problem.weights[i].double().requires_grad_()
+        target_rank = target_rank if min(weight.shape) > 1 else float("inf")
+        first, second = (v, u) if v_first else (u, v)
+        steps = problem.n_power_iterations
+        layer = normalize_layer(weight, first, second, target_rank, steps, 1e-12, dim)
+        (grad,) = torch.autograd.grad(layer.weight, weight, problem.upstream[i].double())
+        outputs.append(layer.weight.detach().float())
+        grads.append(grad.float())
+        spectrum = float(layer.stats[1].sqrt() / layer.stats[0])
+        rounding = torch.finfo(problem.workload.dtype).eps / 2  # of each result, once
+        tolerances.append(SAFETY * EPS * (max(weight.shape) ** 0.5 + spectrum) + rounding)
+    return Oracle(outputs, grads, tolerances)
+
+
+def check_runner(name: str, runner: Runner, oracle: Oracle, modes: Sequence[str]) -> None:
+    """The runner's first step, and an evaluation after it, which must give the same W_hat."""
+    half = runner.problem.workload.dtype != torch.float32
+    allowance = max(runner.allowance, runner.half_allowance if half else 0.0)
+    runner.train(True)
+    outputs = runner.outputs()
+    oracle.check(name, "output", outputs, allowance)
+    grads = runner.gradients(outputs)
+    oracle.check(name, "gradient", grads, allowance)
+    del outputs, grads
+    if "evaluation" in modes:
+        runner.train(False)
+        with torch.no_grad():
+            oracle.check(name, "evaluation output", runner.outputs(), allowance)
+        runner.train(True)
