@@ -1,12 +1,14 @@
-"""Triton's interpreter, made quick enough for a test suite, and right about bfloat16."""
+"""Triton's interpreter, right about bfloat16, scalars of NumPy 2.4, and quick enough for tests."""
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 
 
+@functools.cache  # once a process
 def repair() -> None:
     """Patches the interpreter for the life of the process."""
     import triton.language as tl
@@ -15,12 +17,19 @@ def repair() -> None:
     convert = interpreter._convert_float
     function = interpreter.InterpretedFunction
     run, patched = function.run, set()
+    patch_tensor = interpreter._patch_lang_tensor
 
     def convert_float(values: Any, source: Any, target: Any, rounding: Any) -> Any:
         # Its own conversion cuts bits off, where every GPU rounds to nearest even.
         if source == tl.float32 and target == tl.bfloat16:
             return torch.tensor(values).bfloat16().view(torch.uint16).numpy()
         return convert(values, source, target, rounding)
+
+    def patch_lang_tensor(tensor: Any, scope: Any) -> None:
+        # Its scalars are arrays of one element; Triton 3.6 lets NumPy turn them into integers,
+        # which NumPy 2.4 refuses.
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
     def run_launch(self: Any, *args: Any, **kwargs: Any) -> Any:
         patched.clear()
@@ -34,4 +43,5 @@ def repair() -> None:
         return self.rewrite()(*args, **kwargs)
 
     interpreter._convert_float = convert_float
+    interpreter._patch_lang_tensor = patch_lang_tensor
     function.run, function.__call__ = run_launch, call
