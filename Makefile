@@ -2,8 +2,9 @@
 # make test   sets everything up and passes the tests
 # make kernels    compiles every GPU kernel ahead of time; fails on spills and on lost wide loads;
 #                 FULL=1 for every kind of layer and whole models
-# make gpu-check  on a GPU machine: build, tests, launches, benchmarks, into OUT; needs no network
-#                 and no virtual environment, PYTHON must have torch and triton
+# make gpu-check  on a GPU machine: build, tests, bits, benchmarks, into OUT; needs no network and no
+#                 virtual environment, PYTHON must have torch, triton and pytest; exit status 3:
+#                 stages are left, go on with GPU_CHECK_ARGS=--resume; --rehearse without a GPU
 # make bench  the CPU benchmark suite, 10 minutes; BENCH_ARGS=--quick for a minute, --save to keep rows
 #
 # PYTHON chooses the interpreter of the virtual environment, TORCH the requirement for torch.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -14,8 +15,25 @@ import srn_kernels as srn
 from benchmarks.cases import models
 
 Step = Callable[[], None]
+CPU = torch.device("cpu")
 NORMALIZED_TYPES = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d, nn.Embedding)
 STEP_PROVIDERS = ("plain", "torch_sn", "module")
+
+
+@dataclass(frozen=True)
+class How:
+    """How a step is taken; provider: one of STEP_PROVIDERS, backend: of "module"."""
+
+    provider: str
+    rank_ratio: float | None
+    backend: str = "cpu"
+    device: torch.device = CPU
+    autocast: torch.dtype | None = None  # of the forwards; None: the weights' own
+
+    def precision(self) -> AbstractContextManager:
+        if self.autocast is None:
+            return nullcontext()
+        return torch.autocast(self.device.type, self.autocast)
 
 
 @dataclass(frozen=True)
@@ -29,7 +47,7 @@ class Model:
     """
 
     make: Callable[[], nn.Module]
-    step: Callable[[Model, nn.Module, str, float | None], Step]
+    step: Callable[[Model, nn.Module, How], Step]
     images: tuple[int, int, int, int]
     generator: Callable[[], nn.Module] | None = None
     normalize_generator: bool = False
@@ -46,27 +64,32 @@ def normalized_layers(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-def wrap(model: nn.Module, provider: str, rank_ratio: float | None) -> nn.Module:
-    """The model, normalised by one of STEP_PROVIDERS."""
+def wrap(model: nn.Module, how: How) -> nn.Module:
+    """The model, normalised."""
     layers = normalized_layers(model)
-    if provider == "module":
+    if how.provider == "module":
         srn.apply_stable_rank_norm(
-            model, rank_ratio, include=list(layers), layer_types=NORMALIZED_TYPES, backend="cpu"
+            model,
+            how.rank_ratio,
+            include=list(layers),
+            layer_types=NORMALIZED_TYPES,
+            backend=how.backend,
         )
-    elif provider == "torch_sn":
+    elif how.provider == "torch_sn":
         for layer in layers.values():
             spectral_norm(layer)
-    elif provider != "plain":
-        raise ValueError(f"provider must be one of {STEP_PROVIDERS}, got {provider!r}")
+    elif how.provider != "plain":
+        raise ValueError(f"provider must be one of {STEP_PROVIDERS}, got {how.provider!r}")
     return model
 
 
-def _adam(parameters: Iterable[Tensor]) -> torch.optim.Adam:
+def _adam(parameters: Iterable[Tensor], how: How) -> torch.optim.Adam:
     # A tiny rate: the step is timed, and must stay finite without normalisation too.
-    return torch.optim.Adam(parameters, lr=1e-6, betas=(0.0, 0.9))
+    graphs = how.device.type == "cuda"
+    return torch.optim.Adam(parameters, lr=1e-6, betas=(0.0, 0.9), capturable=graphs)
 
 
-def gan_step(spec: Model, model: nn.Module, provider: str, rank_ratio: float | None) -> Step:
+def gan_step(spec: Model, model: nn.Module, how: How) -> Step:
     """D(real), D(fake) and a discriminator update, then the generator's through a frozen D.
 
     Without a generator the fake images themselves get its gradient, as a network's output would.
@@ -77,10 +100,10 @@ def gan_step(spec: Model, model: nn.Module, provider: str, rank_ratio: float | N
     if spec.generator is not None:
         generator = spec.generator()
         if spec.normalize_generator:
-            wrap(generator, provider, rank_ratio)
+            wrap(generator, how)
         latent = torch.randn(spec.images[0], generator.latent)
         trained = list(generator.parameters())
-    optimizers = _adam(model.parameters()), _adam(trained)
+    optimizers = _adam(model.parameters(), how), _adam(trained, how)
 
     def fake() -> Tensor:
         return trained[0] if generator is None else generator(latent)
@@ -88,12 +111,15 @@ def gan_step(spec: Model, model: nn.Module, provider: str, rank_ratio: float | N
     def step() -> None:
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=True)
-        images = fake()
-        loss = F.relu(1 - model(real)).mean() + F.relu(1 + model(images.detach())).mean()
+        with how.precision():
+            images = fake()
+            loss = F.relu(1 - model(real)).mean() + F.relu(1 + model(images.detach())).mean()
         loss.backward()
         optimizers[0].step()
         model.requires_grad_(False)
-        (-model(images).mean()).backward()
+        with how.precision():
+            loss = -model(images).mean()
+        loss.backward()
         model.requires_grad_(True)
         optimizers[1].step()
 
@@ -102,17 +128,19 @@ def gan_step(spec: Model, model: nn.Module, provider: str, rank_ratio: float | N
 
 def supervised_step(
     loss: Callable[[Tensor, Tensor], Tensor], target: Callable[[Tensor], Tensor]
-) -> Callable[[Model, nn.Module, str, float | None], Step]:
+) -> Callable[[Model, nn.Module, How], Step]:
     """One forward, one backward, one update."""
 
-    def make(spec: Model, model: nn.Module, provider: str, rank_ratio: float | None) -> Step:
-        optimizer = _adam(model.parameters())
+    def make(spec: Model, model: nn.Module, how: How) -> Step:
+        optimizer = _adam(model.parameters(), how)
         images = torch.randn(spec.images)
         wanted = target(images)
 
         def step() -> None:
             optimizer.zero_grad(set_to_none=True)
-            loss(model(images), wanted).backward()
+            with how.precision():
+                error = loss(model(images), wanted)
+            error.backward()
             optimizer.step()
 
         return step
@@ -149,8 +177,8 @@ MODELS = {
 }
 
 
-def make_step(name: str, provider: str, rank_ratio: float | None) -> Step:
-    """The training step of one of MODELS, normalised by one of STEP_PROVIDERS."""
-    spec = MODELS[name]
+def make_step(spec: Model, how: How) -> Step:
+    """The training step of a model, on its device."""
     torch.manual_seed(0)
-    return spec.step(spec, wrap(spec.make(), provider, rank_ratio), provider, rank_ratio)
+    with how.device:
+        return spec.step(spec, wrap(spec.make(), how), how)

@@ -10,16 +10,17 @@ import torch
 from torch import Tensor
 
 import srn_kernels as srn
-from benchmarks.cases import ours, peers
+from benchmarks.cases import ours
 from benchmarks.cases.providers import PROVIDERS
 from benchmarks.cases.runner import Runner, StatefulRunner
-from benchmarks.cases.workloads import Problem
-from benchmarks.measure.oracle import WrongResult, make_oracle
+from benchmarks.cases.workloads import Problem, Workload
+from benchmarks.measure.oracle import WrongResult, check_runner, make_oracle
 from benchmarks.measure.suite import Key, label
 
 MODES = ("forward", "backward", "evaluation")
 RANK_RATIOS = (1.0, 0.7)
-KERNELS = ("cuda", "triton")  # backends that are measured where they are live
+PEERS = ("torch_sn", "torch_sn_legacy", "torch_sn_compiled", "foreach", "layerwise")
+KERNELS = ("cuda", "triton", "cpu")  # measured where they serve; cpu in rehearsals alone
 
 
 class FlatCopy(Runner):
@@ -87,12 +88,16 @@ def live_kernels(device: torch.device) -> list[str]:
     return found
 
 
-def candidates(device: torch.device, backends: Sequence[str]) -> dict[str, Candidate]:
+def candidates(
+    device: torch.device, backends: Sequence[str], workload: Workload
+) -> dict[str, Candidate]:
     """Ours on these backends, beside the peers and the floor."""
     chosen = {"copy": Candidate(FlatCopy, (None,))}
-    for name in ("torch_sn", "torch_sn_legacy", "foreach"):
-        chosen[name] = Candidate(PROVIDERS[name].runner, (1.0,))
-    chosen["layerwise"] = Candidate(peers.Layerwise, (0.7,))
+    for name in PEERS:
+        declared = PROVIDERS[name]
+        if ratios := declared.ratios(RANK_RATIOS, workload):
+            modes = tuple(m for m in MODES if m in declared.modes)
+            chosen[name] = Candidate(declared.runner, tuple(ratios), modes)
     for backend in backends:
         for name, base in (("functional", ours.Functional), ("module", ours.Module)):
             made = type(f"{base.__name__}_{backend}", (base,), {"backend": backend})
@@ -126,14 +131,7 @@ def build(
                     order = ratio, runner.updates_v_first
                     if order not in oracles:
                         oracles[order] = make_oracle(problem, *order)
-                    outputs = runner.outputs()
-                    oracles[order].check(label(key), "output", outputs, runner.allowance)
-                    if "backward" in candidate.modes:
-                        torch.autograd.backward(outputs, problem.upstream)
-                        grads = [p.grad for p in runner.parameters]
-                        oracles[order].check(label(key), "gradient", grads, runner.allowance)
-                        for parameter in runner.parameters:
-                            parameter.grad = None
+                    check_runner(label(key), runner, oracles[order], candidate.modes)
             except (WrongResult, RuntimeError) as error:
                 fail(f"{problem.workload.name}: {label(key)}: {error}")
                 continue

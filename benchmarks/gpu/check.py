@@ -1,24 +1,23 @@
-"""Everything that a GPU machine can tell, in one command of at most 8 minutes and without network.
+"""Everything that a GPU machine can tell, in stages, without network: make gpu-check.
 
-    make gpu-check OUT=folder [PYTHON=python3]
+    make gpu-check OUT=folder [PYTHON=python3] [GPU_CHECK_ARGS=--resume]
 
-Stages run one after the other, each a process with a time limit of its own; one that fails or runs
-out of time does not stop the next. OUT gets results.jsonl (a line a stage, a measurement and a
-target, with versions, device and commit), log.txt and summary.md. The exit status is 0 if no stage
-failed; a missed target is a result, not a failure.
+OUT gets results.jsonl (a line a stage, a measurement and a target, with versions, device and
+commit), log.txt, summary.md, and failing_*.json where a kernel test failed. A stage writes its
+lines before the next begins. A call starts no stage that its time may not suffice for; --resume
+goes on behind the last stage that ended. The exit status is 0 if all stages are done and none
+failed, 3 if stages are left, else 1; a missed target is a result, not a failure.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
+import math
 import os
 import re
 import shutil
-import signal
 import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -27,33 +26,20 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.cases import workloads
-from benchmarks.gpu import rows as gpu
-from benchmarks.measure import store
+from benchmarks.gpu.plan import RECORDS, TOTAL, Stage, gpu_stages, rehearsal_stages
+from benchmarks.gpu.reduce import kill
+from benchmarks.gpu.rows import Row, environment
+from benchmarks.gpu.targets import summary, target_rows
+from benchmarks.measure.store import ROOT
 
-ROOT = store.ROOT
-BUDGET = 470.0  # seconds, for all stages together
-# Tests whose tensors follow --device: every backend that serves there, and models on it.
-DEVICE_TESTS = (
-    "tests/core",
-    *("tests/model/test_rounds.py", "tests/model/test_layers.py"),
-)
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A command; the name of a tool that it needs; variables for its environment."""
-
-    name: str
-    command: tuple[str, ...]
-    limit: float  # seconds
-    needs: str | None = None
-    variables: tuple[tuple[str, str], ...] = ()
+CALL = 570.0  # seconds, of one call
+MORE = 3  # exit status
+STARTS = 2  # of a stage that never came to an end
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a stage went: passed, failed, timed out or skipped (its tool is not there)."""
+    """How a stage went: passed, failed, timed out, cut off, or skipped (nothing to do there)."""
 
     stage: str
     state: str
@@ -61,93 +47,28 @@ class Outcome:
     exit_code: int | None
     tests: dict[str, int]  # outcomes of pytest, by name
     tail: str
+    advisory: bool = False
     kind: str = "stage"
 
     @property
     def bad(self) -> bool:
-        return self.state in ("failed", "timed out")
+        return self.state not in ("passed", "skipped") and not self.advisory
 
 
-def python(*arguments: str) -> tuple[str, ...]:
-    return (sys.executable, *arguments)
-
-
-def pytest(*arguments: str) -> tuple[str, ...]:
-    """All cores where pytest-xdist is there: compiling is most of the work."""
-    workers = ("-n", str(min(12, os.cpu_count() or 1)))
-    parallel = workers if importlib.util.find_spec("xdist") else ()
-    return python(
-        "-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider", *parallel, *arguments
-    )
-
-
-def gpu_stages(out: Path, commit: tuple[str, ...] = ()) -> list[Stage]:
-    rows = ("--out", str(out / "results.jsonl"), *commit)
-    small = python("-m", "benchmarks", "gpu", "small")
-    sanitizer = "compute-sanitizer"
-    check = ("--error-exitcode", "9", "--launch-timeout", "0")
-    plain = (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),)  # every tensor an allocation of its own
-    return [
-        Stage("build", python("setup.py", "build_ext", "--inplace"), 110, variables=build_jobs()),
-        Stage("backends", python("-m", "srn_kernels.info"), 20),
-        Stage("launches", python("-m", "benchmarks", "gpu", "launches", *rows), 60),
-        Stage("compile", warm_up(), 60),
-        Stage("measure", python("-m", "benchmarks", "gpu", "measure", *rows), 120),
-        Stage("memcheck", (sanitizer, "--tool", "memcheck", *check, *small), 50, sanitizer, plain),
-        Stage("racecheck", (sanitizer, "--tool", "racecheck", *check, *small), 50, sanitizer),
-        Stage("device tests", pytest("--device", "cuda", *DEVICE_TESTS), 120),
-        Stage("tests", pytest("tests"), 150),
-    ]
-
-
-def build_jobs() -> tuple[tuple[str, str], ...]:
-    return (("MAX_JOBS", str(os.cpu_count() or 1)),)
-
-
-def warm_up() -> tuple[str, ...]:
-    """Compiles the kernels of all measured workloads at once, into Triton's cache."""
-    program = (
-        "import subprocess, sys; once = [sys.executable, *'-m benchmarks gpu measure --repeats 1 "
-        "--budget 0 --workload'.split()]; "
-        "running = [subprocess.Popen([*once, name]) for name in sys.argv[1:]]; "
-        "sys.exit(max(abs(p.wait()) for p in running))"
-    )
-    return python("-c", program, *workloads.CORE)
-
-
-def rehearsal_stages(out: Path, commit: tuple[str, ...] = ()) -> list[Stage]:
-    """The same plumbing in Triton's interpreter; its times mean nothing."""
-    cpu = ("--device", "cpu", "--out", str(out / "results.jsonl"), *commit)
-    tiny = ("--workload", "1x8x8", "--repeats", "1", "--budget", "0")
-    interpret = (("TRITON_INTERPRET", "1"),)
-    return [
-        Stage("backends", python("-m", "srn_kernels.info"), 60),
-        Stage(
-            "launches", python("-m", "benchmarks", "gpu", "launches", *cpu), 120, None, interpret
-        ),
-        Stage(
-            "measure",
-            python("-m", "benchmarks", "gpu", "measure", *cpu, *tiny),
-            120,
-            None,
-            interpret,
-        ),
-        Stage("memcheck", ("compute-sanitizer", "--version"), 30, "compute-sanitizer"),
-        Stage("tests", pytest("tests/backends/test_triton_tables.py"), 60),
-    ]
-
-
-def run_stage(stage: Stage, limit: float, log: Path) -> Outcome:
+def run_stage(stage: Stage, log: Path) -> Outcome:
     """Runs a stage in a process group of its own, which dies at the limit."""
-    if stage.needs and shutil.which(stage.needs) is None:
-        return Outcome(stage.name, "skipped", 0.0, None, {}, f"{stage.needs} is not on the PATH")
-    if limit <= 1:
-        return Outcome(stage.name, "timed out", 0.0, None, {}, "no time was left to start it")
-    paths = [str(ROOT), str(ROOT / "python"), os.environ.get("PYTHONPATH", "")]
-    variables = {**os.environ, **dict(stage.variables), "PYTHONUNBUFFERED": "1"}
-    variables["PYTHONPATH"] = os.pathsep.join(p for p in paths if p)
+
+    def outcome(state: str, code: int | None = None, tail: str = "", tests=()) -> Outcome:
+        seconds = time.monotonic() - start
+        return Outcome(stage.name, state, seconds, code, dict(tests), tail, stage.advisory)
+
     start = time.monotonic()
-    with log.open("a+") as file:
+    if stage.needs and shutil.which(stage.needs) is None:
+        return outcome("skipped", tail=f"{stage.needs} is not on the PATH")
+    paths = [str(ROOT), str(ROOT / "python"), os.environ.get("PYTHONPATH", "")]
+    variables = {**os.environ, **(stage.variables or {}), "PYTHONUNBUFFERED": "1"}
+    variables["PYTHONPATH"] = os.pathsep.join(p for p in paths if p)
+    with log.open("a+", errors="replace") as file:
         file.write(f"\n==== {stage.name}: {' '.join(stage.command)}\n")
         file.flush()
         begin = file.tell()
@@ -156,123 +77,147 @@ def run_stage(stage: Stage, limit: float, log: Path) -> Outcome:
                 stage.command,
                 cwd=ROOT,
                 env=variables,
+                stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
         except OSError as error:
-            return Outcome(stage.name, "failed", 0.0, None, {}, str(error))
+            return outcome("failed", tail=str(error))
         try:
-            code = process.wait(limit)
+            code: int | None = process.wait(stage.limit)
             state = "failed" if code else "passed"
-        except BaseException as error:
-            os.killpg(process.pid, signal.SIGKILL)
-            code, state = process.wait(), "timed out"
-            if not isinstance(error, subprocess.TimeoutExpired):
-                raise
+        except subprocess.TimeoutExpired:
+            code, state = kill(process), "timed out"
+        finally:
+            if process.returncode is None:
+                kill(process)
         file.seek(begin)
         text = file.read()
+    if state == "timed out" and code is None:
+        text += "\nit did not die of SIGKILL: the device or its driver may hang\n"
     tests = Counter(re.findall(r"\b(PASSED|FAILED|ERROR|SKIPPED|XFAIL)\b(?= +(?:tests/|\[))", text))
-    tail = "\n".join(text.splitlines()[-12:])
-    return Outcome(stage.name, state, time.monotonic() - start, code, dict(tests), tail)
+    return outcome(state, code, "\n".join(text.splitlines()[-12:]), tests)
 
 
-@dataclass(frozen=True)
-class Target:
-    """A bound on one measured number, on one H200."""
+class Results:
+    """OUT/results.jsonl: what is done, and where the next line goes."""
 
-    workload: str
-    mode: str
-    metric: str
-    bound: float
-    at_most: bool
+    def __init__(self, out: Path, base: Row, resume: bool) -> None:
+        self.path, self.base = out / "results.jsonl", base
+        out.mkdir(parents=True, exist_ok=True)
+        if not resume:
+            for path in (self.path, out / "log.txt"):
+                path.write_text("")
+            shutil.rmtree(RECORDS, ignore_errors=True)
 
+    def rows(self) -> list[dict]:
+        if not self.path.exists():
+            return []
+        return [json.loads(line) for line in self.path.read_text().splitlines() if line.strip()]
 
-TARGETS = (
-    Target("vit_b16", "forward", "device_over_copy_x", 1.4, True),
-    Target("biggan_128_D_ch96", "forward", "device_over_copy_x", 1.7, True),
-    Target("sngan_cifar_resnet_D", "forward", "step_speedup_over_torch_sn_x", 8.0, False),
-    Target("real_esrgan_unet_D", "forward", "step_speedup_over_torch_sn_x", 8.0, False),
-)
+    def write(self, *rows: dict) -> None:
+        with self.path.open("a") as file:
+            for row in rows:
+                file.write(json.dumps({**asdict(self.base), **row}) + "\n")
 
+    def outcomes(self) -> dict[str, Outcome]:
+        names = Outcome.__dataclass_fields__
+        found = [r for r in self.rows() if r["kind"] == "stage"]
+        return {r["stage"]: Outcome(**{k: r[k] for k in names}) for r in found}
 
-def target_rows(rows: Sequence[dict]) -> list[dict]:
-    """Of each target: the medians of every way to call our kernels."""
-    found = []
-    for target in TARGETS:
-        values = {
-            f"{r['provider']}@{r['rank_ratio']:g}": r["p50"]
-            for r in rows
-            if r["kind"] == "gpu"
-            and (r["workload"], r["mode"], r["metric"])
-            == (target.workload, target.mode, target.metric)
-            and r["provider"].partition("_")[0] in ("functional", "module", "graph")
-        }
-        met = {
-            k: v <= target.bound if target.at_most else v >= target.bound for k, v in values.items()
-        }
-        found.append({"kind": "target", **asdict(target), "values": values, "met": met})
-    return found
+    def starts(self) -> Counter[str]:
+        return Counter(r["stage"] for r in self.rows() if r["kind"] == "start")
 
 
-def summary(outcomes: Sequence[Outcome], targets: Sequence[dict], place: str) -> str:
-    lines = [f"# gpu-check\n\n{place}\n", "| stage | state | s | tests |", "|---|---|---|---|"]
-    for o in outcomes:
-        tests = ", ".join(f"{n} {name.lower()}" for name, n in sorted(o.tests.items()))
-        lines.append(f"| {o.stage} | {o.state} | {o.seconds:.0f} | {tests} |")
-    for t in targets:
-        sign = "at most" if t["at_most"] else "at least"
-        values = ", ".join(f"{k} {v:.2f}" for k, v in t["values"].items()) or "not measured"
-        what = f"{t['workload']} {t['mode']} {t['metric']} {sign} {t['bound']}"
-        lines.append(f"\n{what}: {values}")
-    return "\n".join(lines) + "\n"
+def next_outcome(stage: Stage, results: Results, log: Path) -> Outcome:
+    """Of a stage that is due."""
+    skipped = Outcome(stage.name, "skipped", 0.0, None, {}, "", stage.advisory)
+    if stage.after:
+        before = results.outcomes().get(stage.after)
+        if before is None or not before.bad:
+            return skipped
+    if results.starts()[stage.name] >= STARTS:
+        return Outcome(stage.name, "cut off", 0.0, None, {}, f"{STARTS} calls ended within it")
+    results.write({"kind": "start", "stage": stage.name})
+    return run_stage(stage, log)
 
 
-def check(out: Path, stages: Sequence[Stage], base: gpu.Row, budget: float = BUDGET) -> int:
-    """Runs the stages and writes everything under ``out``; the number of stages that went wrong."""
-    out.mkdir(parents=True, exist_ok=True)
-    results, log = out / "results.jsonl", out / "log.txt"
-    for path in (results, log):
-        path.write_text("")
-    deadline = time.monotonic() + budget
-    outcomes = []
-    for stage in stages:
-        outcome = run_stage(stage, min(stage.limit, deadline - time.monotonic()), log)
-        outcomes.append(outcome)
+def check(
+    out: Path,
+    stages: Sequence[Stage],
+    base: Row,
+    *,
+    resume: bool = False,
+    call: float = CALL,
+    again: bool = False,
+) -> int:
+    """Runs the stages that are due and fit the call; returns the exit status.
+
+    again: stages that have ended run once more.
+    """
+    results = Results(out, base, resume)
+    deadline = time.monotonic() + call
+    done = {} if again else results.outcomes()
+    left = [stage for stage in stages if stage.name not in done]
+    while left:
+        stage = left[0]
+        if time.monotonic() + stage.limit > deadline:
+            print(f"{len(left)} stages are left: run again with --resume", flush=True)
+            break
+        outcome = next_outcome(stage, results, out / "log.txt")
+        results.write(asdict(outcome))
         print(f"{outcome.stage}: {outcome.state}, {outcome.seconds:.0f} s", flush=True)
-        if outcome.bad:
+        if outcome.state not in ("passed", "skipped"):
             print(outcome.tail, flush=True)
-        with results.open("a") as file:
-            file.write(json.dumps({**asdict(base), **asdict(outcome)}) + "\n")
-    rows = [json.loads(line) for line in results.read_text().splitlines()]
-    targets = target_rows(rows)
-    with results.open("a") as file:
-        for target in targets:
-            file.write(json.dumps({**asdict(base), **target}) + "\n")
+        left.pop(0)
+        write_summary(out, results, stages)
+    if not left:
+        results.write(*target_rows(results.rows()))
+    print(write_summary(out, results, stages))
+    bad = any(outcome.bad for outcome in results.outcomes().values())
+    return 1 if bad and not left else MORE if left else 0
+
+
+def write_summary(out: Path, results: Results, stages: Sequence[Stage]) -> str:
+    found, base = results.outcomes(), results.base
     place = f"{base.device}, torch {base.torch}, triton {base.triton}, commit {base.commit}"
-    text = summary(outcomes, targets, place + (" with local changes" if base.dirty else ""))
+    place += " with local changes" if base.dirty else ""
+    ended = [found[s.name] for s in stages if s.name in found]
+    waiting = [s.name for s in stages if s.name not in found]
+    text = summary(ended, waiting, target_rows(results.rows()), place)
     (out / "summary.md").write_text(text)
-    print(text)
-    return sum(o.bad for o in outcomes)
+    return text
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument(
-        "--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a rehearsal"
-    )
-    parser.add_argument("--budget", type=float, default=BUDGET, help="seconds for all stages")
+    parser.add_argument("--resume", action="store_true", help="go on where the last call ended")
+    parser.add_argument("--only", nargs="+", metavar="STAGE", help="these stages, done or not")
+    parser.add_argument("--rehearse", action="store_true", help="without a GPU, on the CPU")
+    parser.add_argument("--call", type=float, help=f"seconds of this call; {CALL:.0f} on a GPU")
+    parser.add_argument("--list", action="store_true", help="the stages and their limits")
     parser.add_argument("--commit", help="of a tree that came without its repository")
-    chosen = parser.parse_args(arguments)
-    if chosen.device == "cuda" and not torch.cuda.is_available():
-        parser.error("torch sees no GPU; --device cpu rehearses without one")
+
+
+def run(chosen: argparse.Namespace) -> int:
     out = chosen.out.resolve()
     commit = ("--commit", chosen.commit) if chosen.commit else ()
-    stages = (gpu_stages if chosen.device == "cuda" else rehearsal_stages)(out, commit)
-    base = gpu.environment(torch.device(chosen.device), chosen.commit)
-    return 1 if check(out, stages, base, chosen.budget) else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    stages = (rehearsal_stages if chosen.rehearse else gpu_stages)(out, commit)
+    if unknown := set(chosen.only or ()) - {s.name for s in stages}:
+        raise SystemExit(f"--only {sorted(unknown)}: stages are {[s.name for s in stages]}")
+    if chosen.only:
+        stages = [s for s in stages if s.name in chosen.only]
+    if chosen.list:
+        for stage in stages:
+            print(f"{stage.limit:5.0f} s  {stage.name}")
+        print(f"{sum(s.limit for s in stages):5.0f} s of {TOTAL:.0f} at most")
+        return 0
+    if not chosen.rehearse and not torch.cuda.is_available():
+        raise SystemExit("torch sees no GPU; --rehearse does without one")
+    call = chosen.call or (math.inf if chosen.rehearse else CALL)
+    if never := [s.name for s in stages if s.limit > call]:
+        raise SystemExit(f"--call {call:.0f} is too short for {', '.join(never)}")
+    base = environment(torch.device("cpu" if chosen.rehearse else "cuda"), chosen.commit)
+    resume = chosen.resume or bool(chosen.only)
+    return check(out, stages, base, resume=resume, call=call, again=bool(chosen.only))

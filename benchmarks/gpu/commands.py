@@ -10,6 +10,12 @@ from collections.abc import Sequence
 COMMANDS = {
     "check": ("check", "all of it, in stages with limits (make gpu-check)"),
     "measure": ("measure", "times of workloads, against peers and the floor"),
+    "build": ("build", "both extensions, for this device alone"),
+    "reduce": ("reduce", "a failing test's call to the smallest that fails"),
+    "bits": ("bits", "whether rounds repeat bit by bit"),
+    "training": ("training", "whole training steps of discriminators"),
+    "counters": ("counters", "hardware counters of the kernels, through ncu"),
+    "publish": ("publish", "rows into the store, and docs/gpu.md from it; needs the extra bench"),
     "launches": ("launches", "kernels that each kind of call takes"),
     "small": ("small", "every phase of the kernels once, for compute-sanitizer"),
     "traffic": ("traffic", "predicts what a launch moves; needs the extra bench"),

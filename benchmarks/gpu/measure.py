@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from benchmarks.cases import workloads
+from benchmarks.cases.runner import Body
 from benchmarks.cases.workloads import Workload
 from benchmarks.gpu import program
 from benchmarks.gpu.candidates import MODES, build, candidates, on_device
+from benchmarks.gpu.launches import count_cuda
 from benchmarks.gpu.program import Fail
 from benchmarks.gpu.rows import Row
 from benchmarks.gpu.timing import CudaTimer, HostTimer, measure, result_rows
+from benchmarks.measure.suite import Key
 from benchmarks.measure.timing import Spread
 
 # Small and large models, many layers, one matrix, half precision.
@@ -30,6 +33,15 @@ WORKLOADS = (
 )
 
 
+def count_rows(bodies: Mapping[Key, Body], base: Row) -> Iterator[Row]:
+    """The kernels that each candidate launches."""
+    for key, body in bodies.items():
+        body.prepare()
+        kernels, copies = count_cuda(body.run)
+        yield base.of(key).with_count("launches", kernels)
+        yield base.of(key).with_count("copies", copies)
+
+
 @dataclass(frozen=True)
 class Measurement:
     """One workload, on some backends."""
@@ -41,7 +53,7 @@ class Measurement:
 
     def __call__(self, device: torch.device, base: Row, fail: Fail) -> Iterator[Row]:
         problem = on_device(workloads.make_problem(self.workload), device)
-        chosen = candidates(device, self.backends)
+        chosen = candidates(device, self.backends, self.workload)
         runners = build(problem, chosen, fail)
         timer = CudaTimer() if device.type == "cuda" else HostTimer()
         for mode in MODES:
@@ -52,6 +64,8 @@ class Measurement:
             samples = measure(bodies, timer, self.repeats, self.budget)
             size = workloads.floor_bytes(self.workload, mode)
             row = replace(base, workload=self.workload.name, mode=mode, bytes=size)
+            if device.type == "cuda":
+                yield from count_rows(bodies, row)
             for made in result_rows(samples, row):
                 yield made
                 if made.provider == "copy" and made.metric == "device_ms":

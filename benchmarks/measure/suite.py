@@ -236,7 +236,7 @@ def run_step(workload: Workload, options: Options, base: Row, watcher: Watcher) 
         return []
     watcher.say(f"{workload.name}: {STEP}")
     samples: Samples[Key] = measure(
-        {key: Body(steps.make_step(workload.name, *key)) for key in keys},
+        {key: Body(steps.make_step(steps.MODELS[workload.name], steps.How(*key))) for key in keys},
         repeats=options.repeats,
         budget=options.budget,
         step=watcher.advance,

@@ -10,7 +10,7 @@ from benchmarks.measure import groups
 from benchmarks.measure.store import ROOT, Row
 from benchmarks.report import tables
 
-BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
+MAIN = "benchmarks"  # the block of most documents
 COMMAND = "make bench BENCH_ARGS=--save && python -m benchmarks publish"
 GROUPS = ROOT / "docs" / "distributed.md"
 
@@ -42,25 +42,31 @@ def blocks(
     return {"README.md": markdown(rows, tables.brief), "docs/benchmarks.md": full}
 
 
-def replaced(document: str, block: str) -> str:
+def markers(name: str) -> tuple[str, str]:
+    """Of a block in a document."""
+    return f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+
+
+def replaced(document: str, block: str, name: str = MAIN) -> str:
     """The document with the block between its markers; ValueError if they are not there once."""
-    if document.count(BEGIN) != 1 or document.count(END) != 1:
-        raise ValueError(f"the document must have {BEGIN} and {END}, once each")
-    head, rest = document.split(BEGIN)
-    _, tail = rest.split(END)
-    return f"{head}{BEGIN}\n{block}\n{END}{tail}"
+    begin, end = markers(name)
+    if document.count(begin) != 1 or document.count(end) != 1:
+        raise ValueError(f"the document must have {begin} and {end}, once each")
+    head, rest = document.split(begin)
+    _, tail = rest.split(end)
+    return f"{head}{begin}\n{block}\n{end}{tail}"
 
 
-def write(path: Path, block: str) -> None:
+def write(path: Path, block: str, name: str = MAIN) -> None:
     """Puts the block into the document."""
-    path.write_text(replaced(path.read_text(), block))
+    path.write_text(replaced(path.read_text(), block, name))
 
 
-def difference(path: Path, block: str) -> str:
+def difference(path: Path, block: str, name: str = MAIN) -> str:
     """A unified diff from the document to what the store says; empty if they agree."""
     now = path.read_text()
     lines = difflib.unified_diff(
-        now.splitlines(), replaced(now, block).splitlines(), str(path), "store", lineterm=""
+        now.splitlines(), replaced(now, block, name).splitlines(), str(path), "store", lineterm=""
     )
     return "\n".join(lines)
 

@@ -75,7 +75,7 @@ def test_the_normalized_generator_has_its_workloads_weights():
 
 @pytest.mark.parametrize("provider", steps.STEP_PROVIDERS)
 @pytest.mark.parametrize("kind", ["gan", "images alone", "supervised"])
-def test_a_training_step_trains(provider, kind, monkeypatch):
+def test_a_training_step_trains(provider, kind):
     if provider == "module" and (reason := providers.PROVIDERS["module"].unavailable_reason()):
         pytest.skip(reason)
     made: list[torch.nn.Module] = []
@@ -99,8 +99,7 @@ def test_a_training_step_trains(provider, kind, monkeypatch):
             lambda: remember(models.Emulator(3, (4, 6), (1, 1))), loss, images
         ),
     }[kind]
-    monkeypatch.setitem(steps.MODELS, "small", spec)
-    step = steps.make_step("small", provider, None if provider == "plain" else 1.0)
+    step = steps.make_step(spec, steps.How(provider, None if provider == "plain" else 1.0))
     before = [[p.detach().clone() for p in model.parameters()] for model in made]
     step()
     assert len(made) == (2 if kind == "gan" else 1)

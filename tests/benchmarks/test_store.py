@@ -53,7 +53,7 @@ def test_publish_writes_and_check_detects_a_difference(tmp_path):
     (tmp_path / "docs").mkdir()
     readme, full = tmp_path / "README.md", tmp_path / "docs" / "benchmarks.md"
     for document in (readme, full):
-        document.write_text(f"before\n{documents.BEGIN}\n{documents.END}\nafter\n")
+        document.write_text("\n".join(["before", *documents.markers(documents.MAIN), "after\n"]))
     arguments = ["publish", "--store", str(results), "--root", str(tmp_path)]
     assert cli.invoke(app, [*arguments, "--check"]).exit_code == 1
     assert cli.invoke(app, arguments).exit_code == 0
