@@ -9,8 +9,11 @@ import torch
 
 
 @functools.cache  # once a process
-def repair() -> None:
-    """Patches the interpreter for the life of the process."""
+def repair(add_both: Any) -> None:
+    """Patches the interpreter for the life of the process.
+
+    add_both: the combination of a reduction that adds several tensors, each for itself
+    """
     import triton.language as tl
     from triton.runtime import interpreter
 
@@ -18,6 +21,8 @@ def repair() -> None:
     function = interpreter.InterpretedFunction
     run, patched = function.run, set()
     patch_tensor = interpreter._patch_lang_tensor
+    reduction = interpreter.ReduceOps
+    reduce = reduction.generic_reduce
 
     def convert_float(values: Any, source: Any, target: Any, rounding: Any) -> Any:
         # Its own conversion cuts bits off, where every GPU rounds to nearest even.
@@ -42,6 +47,13 @@ def repair() -> None:
             patched.add(self.fn.__module__)
         return self.rewrite()(*args, **kwargs)
 
+    def generic_reduce(self: Any, tensors: Any) -> Any:
+        # Its way for any combination goes through the elements one by one.
+        if self.combine_fn is add_both:
+            return tuple(self.sum(x) for x in tensors)
+        return reduce(self, tensors)
+
     interpreter._convert_float = convert_float
+    reduction.generic_reduce = generic_reduce
     interpreter._patch_lang_tensor = patch_lang_tensor
     function.run, function.__call__ = run_launch, call
