@@ -2,8 +2,9 @@
 # make test   sets everything up and passes the tests
 # make kernels    compiles every GPU kernel ahead of time; fails on spills and on lost wide loads;
 #                 FULL=1 for every kind of layer and whole models
-# make gpu-check  on a GPU machine: build, tests, launches, benchmarks, into OUT; needs no network
-#                 and no virtual environment, PYTHON must have torch and triton
+# make gpu-check  on a GPU machine: build, tests, bits, benchmarks, into OUT; needs no network and no
+#                 virtual environment, PYTHON must have torch, triton and pytest; exit status 3:
+#                 stages are left, go on with GPU_CHECK_ARGS=--resume; --rehearse without a GPU
 # make test-machines  the numerical tests under other instruction sets and numbers of threads
 # make check-install  tries every way to install, from empty environments; TORCH is what with
 # make build-cuda     the CUDA backend against a CUDA build of torch (3 to 4 GB, CUDA_TORCH) in an
@@ -22,7 +23,7 @@ TEST_ARGS ?=
 GPU_CHECK_ARGS ?=
 
 # Tests of the Triton kernels in Triton's interpreter; their own file skips without it or a GPU.
-INTERPRETED := tests/backends/test_triton_kernels.py tests/test_traffic.py tests/core/test_functional.py \
+INTERPRETED := tests/backends/test_triton_kernels.py tests/benchmarks/test_traffic.py tests/core/test_functional.py \
 	-k "triton and not any_scale and not any_layer"
 
 # Tests of the CUDA kernels, compiled for the CPU against csrc/cuda/shim.
@@ -71,7 +72,7 @@ kernels: setup
 	$(BIN)/python -m srn_kernels.backends.cuda.compile
 
 gpu-check:
-	PYTHONPATH="$(CURDIR):$(CURDIR)/python" $(PYTHON) -m benchmarks.gpu_check --out "$(OUT)" $(GPU_CHECK_ARGS)
+	PYTHONPATH="$(CURDIR):$(CURDIR)/python" $(PYTHON) -m benchmarks gpu check --out "$(OUT)" $(GPU_CHECK_ARGS)
 
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile --require-backend cpu $(TEST_ARGS)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import interpreter
 import pytest
 import torch
 
@@ -41,8 +40,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if (device := config.getoption("--device")) != "cpu":
         torch.set_default_device(device)
-    if "cpu" in backends.load("triton").DEVICES:
-        interpreter.repair()
     if config.getoption("--cuda-shim"):
         import cuda_shim  # with the compiler's tools
 

@@ -22,7 +22,7 @@ from gpu_rounds import (
     scaled_down,
 )
 
-from benchmarks import workloads
+from benchmarks.cases import workloads
 from srn_kernels.backends import cuda as backend
 from srn_kernels.backends.cuda import planning
 from srn_kernels.backends.tiling.config import KB

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks import workloads
+from benchmarks.cases import workloads
 from srn_kernels.backends.cuda import planning
 from srn_kernels.backends.tiling import staging
 from srn_kernels.backends.tiling.config import KB, MB, LaunchConfig

@@ -27,7 +27,8 @@ from gpu_rounds import (
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from benchmarks import gpu, workloads
+from benchmarks.cases import workloads
+from benchmarks.gpu import launches
 from srn_kernels import functional
 from srn_kernels.backends import triton as backend
 from srn_kernels.maths.matrix import padded
@@ -237,8 +238,8 @@ def test_one_launch_each_way_for_any_number_of_layers(iterations, monkeypatch):
 
 def test_every_verb_and_a_models_training_step_are_one_launch_each():
     device = torch.device(DEVICE)
-    count = gpu.count_interpreted if INTERPRETED else gpu.count_cuda
-    taken = {name: count(body)[0] for name, body in gpu.steps(device, "triton").items()}
+    count = launches.count_interpreted if INTERPRETED else launches.count_cuda
+    taken = {name: count(body)[0] for name, body in launches.steps(device, "triton").items()}
     assert {"forward", "backward", "projection", "model forward", "model backward"} <= taken.keys()
     assert taken == dict.fromkeys(taken, 1)
 

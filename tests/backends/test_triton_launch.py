@@ -50,12 +50,12 @@ driver.set_active(Driver())
 """
 PROGRAM = """
 import srn_kernels as srn
-from benchmarks import providers
+from benchmarks.cases import runner
 from srn_kernels.backends import triton as backend
 
 backend.DEVICES, backend.unavailable_reason = frozenset({"cpu"}), lambda: None
 layers = [torch.nn.Parameter(torch.randn(s)) for s in [(40, 27), (64, 96), (1, 32)]]
-model = srn.apply_stable_rank_norm(providers.WeightReader(layers), backend="triton")
+model = srn.apply_stable_rank_norm(runner.WeightReader(layers), backend="triton")
 srn.refresh(model)  # or the first forward would form u and v again
 Launcher.launches.clear()
 for _ in range(3):

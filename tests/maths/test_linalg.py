@@ -19,7 +19,7 @@ from srn_kernels import linalg
 from srn_kernels.maths import turning
 
 METHODS = ("power", "svd")
-WORKLOADS = Path(__file__).parents[2] / "benchmarks" / "workloads.json"
+WORKLOADS = Path(__file__).parents[2] / "benchmarks" / "cases" / "workloads.json"
 quick = settings(
     max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
 )

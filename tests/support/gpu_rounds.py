@@ -11,7 +11,7 @@ import oracle
 import torch
 from torch import Tensor
 
-from benchmarks import workloads
+from benchmarks.cases import workloads
 from srn_kernels.core import ops
 from srn_kernels.maths.matrix import round_vectors
 from srn_kernels.maths.scalars import NON_FINITE, PASS_THROUGH, Stats

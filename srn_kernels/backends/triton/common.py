@@ -37,6 +37,7 @@ TICKET, EXITS, FIRST_COUNTER = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 STATE_PAD = tl.constexpr(16)  # u is padded to this before v in a round's state
 PAD = tl.constexpr(32)  # words: every array of the workspace starts a 128-byte line
 VECTOR = tl.constexpr(2048)  # elements of u, v, s, t handled at a time
+LANES = tl.constexpr(256)  # of them next to each other, one a thread
 SUMS = tl.constexpr(256)  # doubles added at a time
 COLUMN_BLOCK = tl.constexpr(128)
 SHARE_BLOCK = tl.constexpr(32)  # slabs whose partial sums are added at a time

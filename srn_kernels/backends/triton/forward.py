@@ -17,6 +17,7 @@ from srn_kernels.backends.triton.common import (
     FIRST_COUNTER,
     GROW_SQ,
     ITERATIONS,
+    LANES,
     LARGEST,
     NON_FINITE,
     PAD,
@@ -62,6 +63,11 @@ def _slab_v(record, state, t_work, c, mask, first_pass):
 
 
 @triton.jit
+def _add_both(a, b, c, d):
+    return a + c, b + d
+
+
+@triton.jit
 def _slab(record, pointers, scratch, index, first_pass, VARIANTS: tl.constexpr, N: tl.constexpr):
     BA: tl.constexpr = VARIANTS[N][0]
     BR: tl.constexpr = VARIANTS[N][1]
@@ -95,9 +101,10 @@ def _slab(record, pointers, scratch, index, first_pass, VARIANTS: tl.constexpr, 
                 other=0.0,
                 eviction_policy=POLICY,
             ).to(tl.float32)
-            s = tl.sum(w * v[None, :], 1)
+            # Both sums through one exchange between the warps.
+            s, f_rows = tl.reduce((w * v[None, :], (w * SHRINK) * (w * SHRINK)), 1, _add_both)
             tl.store(s_out + r, s, mask=r < end)
-            f += tl.sum((w * SHRINK) * (w * SHRINK), 1)
+            f += f_rows
             t += w * (s * SHRINK_SQ)[:, None]
         if iterate:
             tl.store(share + c, tl.sum(t, 0), mask=mask)
@@ -106,6 +113,7 @@ def _slab(record, pointers, scratch, index, first_pass, VARIANTS: tl.constexpr, 
             r = first + tl.arange(0, BR)
             row = _row_offset(r, inner, BB)
             products = tl.zeros([BR, BA * BB], tl.float32)
+            w_squares = tl.zeros([BR, BA * BB], tl.float32)
             for chunk in tl.range(0, chunks, num_stages=STAGES):
                 c, offset, mask = _chunk(chunk, rows, columns, inner, BA, BB)
                 v = _slab_v(record, state, t_work, c, mask, first_pass)
@@ -116,8 +124,9 @@ def _slab(record, pointers, scratch, index, first_pass, VARIANTS: tl.constexpr, 
                     eviction_policy=POLICY,
                 ).to(tl.float32)
                 products += w * v[None, :]
-                f += tl.sum((w * SHRINK) * (w * SHRINK), 1)
-            s = tl.sum(products, 1)
+                w_squares += (w * SHRINK) * (w * SHRINK)
+            s, f_rows = tl.reduce((products, w_squares), 1, _add_both)
+            f += f_rows
             tl.store(s_out + r, s, mask=r < end)
             if iterate:
                 tl.debug_barrier()  # the share's last values, written by other threads
@@ -144,7 +153,8 @@ def _add_shares(record, scratch, begin, end):
     pitch = _padded(columns, PAD)
     _, _, t_work, shares = _workspace(record, scratch)
     for first in range(begin, tl.minimum(end, columns), COLUMN_BLOCK):
-        c = first + tl.arange(0, COLUMN_BLOCK)
+        # The masks allow single elements only: neighbours go to neighbouring threads.
+        c = tl.max_contiguous(first + tl.arange(0, COLUMN_BLOCK), 1)
         total = tl.zeros([SHARE_BLOCK, COLUMN_BLOCK], tl.float32)
         for k in range(0, slabs, SHARE_BLOCK):
             slab = k + tl.arange(0, SHARE_BLOCK)
@@ -158,10 +168,19 @@ def _add_shares(record, scratch, begin, end):
 
 
 @triton.jit
+def _vector(first):
+    """VECTOR indices from ``first``, neighbours in neighbouring threads."""
+    # Told of no run, and in a shape that no block of a weight has, all accesses get one layout:
+    # nothing is exchanged between loads and stores.
+    outer = tl.arange(0, VECTOR // LANES) * LANES
+    return tl.max_contiguous(first + outer[:, None] + tl.arange(0, LANES)[None, :], (1, 1))
+
+
+@triton.jit
 def _sum_doubles(values, n):
-    total = tl.zeros([VECTOR], tl.float64)
+    total = tl.zeros([VECTOR // LANES, LANES], tl.float64)
     for first in range(0, n, VECTOR):
-        i = first + tl.arange(0, VECTOR)
+        i = _vector(first)
         total += tl.load(values + i, mask=i < n, other=0.0, cache_modifier=".cg")
     return tl.sum(total)
 
@@ -177,17 +196,17 @@ def _finish_pass(record, pointers, scratch, round_state, stats, last_pass):
     v_state = tl.load(pointers + 3).to(tl.pointer_type(tl.float32))
 
     # Training: u ~ s, v ~ t, sigma = |t| / |s|. Evaluation: u and v as stored, sigma = u^T s.
-    dot = tl.zeros([VECTOR], tl.float64)
-    uu = tl.zeros([VECTOR], tl.float64)
-    vv = tl.zeros([VECTOR], tl.float64)
+    dot = tl.zeros([VECTOR // LANES, LANES], tl.float64)
+    uu = tl.zeros([VECTOR // LANES, LANES], tl.float64)
+    vv = tl.zeros([VECTOR // LANES, LANES], tl.float64)
     for first in range(0, rows, VECTOR):
-        r = first + tl.arange(0, VECTOR)
+        r = _vector(first)
         x = tl.load(s + r, mask=r < rows, other=0.0, cache_modifier=".cg").to(tl.float64)
         y = _u_direction(u_state, s, r, r < rows, iterate)
         dot += x * y
         uu += y * y
     for first in range(0, columns, VECTOR):
-        c = first + tl.arange(0, VECTOR)
+        c = _vector(first)
         z = _v_direction(record, v_state, t, c, c < columns, iterate)
         vv += z * z
     u_norm = tl.sqrt(tl.sum(uu))
@@ -205,14 +224,14 @@ def _finish_pass(record, pointers, scratch, round_state, stats, last_pass):
         old = tl.where(iterate & (branch >= PASS_THROUGH), ALL, 0)
         new = tl.where(iterate & (branch < PASS_THROUGH), ALL, 0)
         for first in range(0, rows, VECTOR):
-            r = first + tl.arange(0, VECTOR)
+            r = _vector(first)
             mask = r < rows
             y = (_u_direction(u_state, s, r, mask, iterate) / u_norm).to(tl.float32)
             y = tl.where(r < old, tl.load(u_state + r, mask=mask & (r < old), other=0.0), y)
             tl.store(round_u + r, y, mask=mask)
             tl.store(u_state + r, y, mask=mask & (r < new))
         for first in range(0, columns, VECTOR):
-            c = first + tl.arange(0, VECTOR)
+            c = _vector(first)
             mask = c < columns
             j = _matrix_column(record, c, mask)
             z = (_v_direction(record, v_state, t, c, mask, iterate) / v_norm).to(tl.float32)
@@ -223,7 +242,7 @@ def _finish_pass(record, pointers, scratch, round_state, stats, last_pass):
         # t = 0 (a zero weight) stays 0, so that the next sigma is 0 and not NaN.
         v_norm = tl.where(v_norm == 0, 1.0, v_norm)
         for first in range(0, columns, VECTOR):
-            c = first + tl.arange(0, VECTOR)
+            c = _vector(first)
             z = tl.load(t + c, mask=c < columns, other=0.0, cache_modifier=".cg")
             tl.store(t + c, (z.to(tl.float64) / v_norm).to(tl.float32), mask=c < columns)
 

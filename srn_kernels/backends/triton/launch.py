@@ -24,12 +24,14 @@ from srn_kernels.backends.tiling.layout import (
     model_bytes,
 )
 from srn_kernels.backends.tiling.schedule import Phase, build, round_up
-from srn_kernels.backends.triton import common
+from srn_kernels.backends.triton import common, interpreter
 from srn_kernels.backends.triton.backward import backward_kernel
-from srn_kernels.backends.triton.forward import normalize_kernel
+from srn_kernels.backends.triton.forward import _add_both, normalize_kernel
 from srn_kernels.backends.triton.tables import CudaRuntime, HostRuntime, Slots
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
+if INTERPRETED:
+    interpreter.repair(_add_both)
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 FIELDS, POINTERS, PAD = common.FIELDS.value, common.POINTERS.value, common.PAD.value
 COUNTER_STRIDE = common.COUNTER_STRIDE.value

@@ -1,0 +1,1 @@
+"""What is measured: workloads, models and their steps, and who normalises them."""

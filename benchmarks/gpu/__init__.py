@@ -1,0 +1,1 @@
+"""What a GPU machine can tell: a plan in stages, its measurements, and a prediction of traffic."""

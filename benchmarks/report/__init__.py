@@ -1,0 +1,1 @@
+"""What readers see of the store: tables, pictures, and the documents that show them."""

@@ -1,0 +1,181 @@
+"""The result store, and the documents that show it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from benchmark_rows import make_row
+from typer.testing import CliRunner
+
+from benchmarks.cases import workloads
+from benchmarks.commands import app
+from benchmarks.measure import groups, store, suite, timing
+from benchmarks.report import documents, plots, tables
+
+
+def test_rows_survive_the_store(tmp_path):
+    rows = [make_row(), make_row(date="2025-01-01", rank_ratio=None, provider="copy")]
+    store.append(rows[:1], tmp_path / "new" / "b.jsonl")
+    store.append(rows[1:], tmp_path / "new" / "a.jsonl")
+    assert store.load(tmp_path / "new", "b.jsonl") == rows[:1]
+    assert store.load(tmp_path / "new", "a.jsonl") == rows[1:]
+    assert store.load(tmp_path) == []
+
+
+def test_the_newest_row_of_a_subject_and_machine_counts():
+    old, new = make_row(p50=1.0), make_row(p50=9.0, date="2026-02-01T00:00:00+00:00")
+    other = make_row(threads=1)
+    assert set(store.newest([new, other, old])) == {new, other}
+    assert store.published([new, make_row(threads=1, date="2025")]) == [new]
+
+
+def test_a_column_never_mixes_two_runs():
+    old, new = make_row(provider="foreach"), make_row(date="2026-02-01T00:00:00+00:00")
+    other = make_row(provider="foreach", mode="forward")
+    assert set(store.of_last_runs([old, new, other])) == {new, other}
+    assert set(store.published([old, new, other, make_row(n_power_iterations=4)])) == {new, other}
+
+
+def test_the_environment_is_found():
+    row = store.environment()
+    assert row.cpu and row.cores > 0 and row.threads == torch.get_num_threads()
+    assert row.torch == torch.__version__
+
+
+cli = CliRunner()
+
+
+def test_publish_writes_and_check_detects_a_difference(tmp_path):
+    results = tmp_path / "results"
+    store.append([make_row(), make_row(metric="time_over_copy_x")], results / store.ROUNDS)
+    (tmp_path / "docs").mkdir()
+    readme, full = tmp_path / "README.md", tmp_path / "docs" / "benchmarks.md"
+    for document in (readme, full):
+        document.write_text("\n".join(["before", *documents.markers(documents.MAIN), "after\n"]))
+    arguments = ["publish", "--store", str(results), "--root", str(tmp_path)]
+    assert cli.invoke(app, [*arguments, "--check"]).exit_code == 1
+    assert cli.invoke(app, arguments).exit_code == 0
+    assert cli.invoke(app, [*arguments, "--check"]).exit_code == 0
+    assert (tmp_path / "docs" / "overhead.png").stat().st_size > 0
+    text = readme.read_text()
+    assert text.startswith("before\n") and text.endswith("\nafter\n")
+    readme.write_text(text.replace("**2.00", "**1.00"))
+    result = cli.invoke(app, [*arguments, "--check"])
+    assert result.exit_code == 1
+    assert "**1.00" in result.output
+    readme.write_text("no markers")
+    assert cli.invoke(app, [*arguments, "--check"]).exit_code == 2
+
+
+def test_repeated_runs_are_paired_by_commit_machine_and_subject():
+    first = make_row(date="2026-01-01")
+    middle, last = replace(first, date="2026-01-02"), replace(first, date="2026-01-03")
+    once = replace(first, date="2026-01-03", metric="added_ms")
+    older = [replace(first, commit="bbbb", date=f"2025-01-0{day}") for day in (1, 2)]
+    dirty = [replace(first, commit="cccc", date=f"2027-01-0{day}", dirty=True) for day in (1, 2)]
+    elsewhere = replace(first, date="2026-01-03", cpu="slide rule")
+    rows = [last, first, middle, once, elsewhere, *older, *dirty]
+    assert store.repeated(rows) == [(middle, last)]
+    assert store.repeated([first, once, elsewhere]) == []
+
+
+def test_repeatability_counts_overlaps_and_differences():
+    first = make_row()
+    pairs = [(first, replace(first, p50=2.0 * (1 + i / 100))) for i in range(10)]
+    pairs.append((first, replace(first, p20=3.5, p50=4.0, p80=5.0)))
+    (line,) = tables.repeatability(pairs).lines
+    assert line == ["times", "11", "91 %", "5.0 %", "9.0 %"]
+    assert tables.repeatability([]).lines == []
+
+
+def test_the_cost_of_calls_is_a_line_over_the_layers():
+    names = [n for n in workloads.CORE if not n.endswith("bfloat16")]
+    rows = [
+        make_row(workload=n, metric="host_ms", p50=0.1 + 0.002 * len(workloads.find(n).shapes))
+        for n in names
+    ]
+    grid = next(g for g in tables.grids(rows) if "fitted" in g.title)
+    assert grid.lines == [["srn_kernels, SN", "100", "2.00"]]
+
+
+def test_documents_agree_with_the_store():
+    result = cli.invoke(app, ["publish", "--check"])
+    assert result.exit_code == 0, result.output
+
+
+def test_the_cost_of_groups_is_that_of_the_store():
+    rows = store.load(name=groups.RESULTS)
+    last = [r for r in rows if r.date == rows[-1].date]
+    assert not documents.difference(documents.GROUPS, documents.groups_block(last))
+
+
+def test_stored_rows_have_a_commit_and_known_workloads():
+    rows = store.load() + store.load(name=store.CURVES)
+    assert rows
+    for row in rows:
+        assert row.commit != "unknown"
+        workloads.find(row.workload)
+
+
+def test_a_run_writes_rows(tmp_path):
+    arguments = ["run", "--quick", "--workload", "2x6x8", "--rank-ratio", "1", "--repeats", "2"]
+    for name in ("copy", "torch_sn", "reference"):
+        arguments += ["--provider", name]
+    result = cli.invoke(app, [*arguments, "--save", "--store", str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    rows = store.load(tmp_path)
+    times = {(r.provider, r.mode): r for r in rows if r.metric == "time_ms"}
+    assert set(times) == {
+        (name, mode)
+        for name in ("copy", "torch_sn", "reference")
+        for mode in ("forward", "forward_backward")
+    }
+    host = {r.provider for r in rows if r.metric == "host_ms"}
+    assert (
+        host == {r.provider for r in rows if r.metric == "operators"} == {"torch_sn", "reference"}
+    )
+    assert all(r.repeats == 2 and 0 < r.p20 <= r.p50 <= r.p80 for r in times.values())
+    assert times["copy", "forward_backward"].bytes == 5 * 2 * 6 * 8 * 4
+    ratios = {(r.provider, r.mode) for r in rows if r.metric == "time_over_copy_x"}
+    assert ratios == {key for key in times if key[0] != "copy"}
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--workload", "nothing"], ["--provider", "nobody"], ["--rank-ratio", "2"]]
+)
+def test_bad_arguments_are_refused(arguments):
+    assert cli.invoke(app, ["run", *arguments]).exit_code == 2
+
+
+def test_compare_tells_a_change_from_noise():
+    rows = [
+        make_row(),
+        make_row(commit="bbbb", p20=0.5, p50=0.6, p80=0.7),
+        make_row(mode="forward"),
+        make_row(commit="bbbb", mode="forward", p50=2.5),
+    ]
+    grid = tables.comparison(rows, "aaaa", "bbbb")
+    assert [line[-2:] for line in grid.lines] == [["1.25", "same"], ["0.30", "faster"]]
+    with pytest.raises(ValueError, match="cccc"):
+        tables.comparison(rows, "aaaa", "cccc")
+
+
+def test_plot(tmp_path):
+    rows = [make_row(metric="time_over_copy_x"), make_row(metric="share_of_step_percent")]
+    plots.overhead(rows, tmp_path / "overhead.png")
+    assert (tmp_path / "overhead.png").stat().st_size > 0
+    with pytest.raises(ValueError, match="no measurement"):
+        plots.overhead([], tmp_path / "none.png")
+
+
+@pytest.mark.parametrize(
+    ("mode", "metric", "value"),
+    [("forward", "added_ms", 3000.0), ("step", "share_of_step_percent", 75.0)],
+)
+def test_what_normalising_adds_is_a_time_in_a_round_and_a_share_of_a_step(mode, metric, value):
+    samples = timing.Samples({("plain", None): [1.0, 1.0], ("module", 1.0): [4.0, 4.0]})
+    rows = suite.make_rows(samples, make_row(mode=mode))
+    (row,) = [r for r in rows if r.metric in ("added_ms", "share_of_step_percent")]
+    assert (row.provider, row.metric, row.p50) == ("module", metric, value)
