@@ -47,6 +47,8 @@ __global__ void __launch_bounds__(kThreads, 1)
 template <class Pointers, int kCapacity>
 void launch(void (*kernel)(Parameters<Pointers, kCapacity>), const Common& common,
             const Pointers* layers, int64_t shared_bytes, int ctas, void* stream) {
+  if (common.n_layers > kCapacity)
+    throw std::length_error("srn_kernels: a launch of more layers than its parameters hold");
   Parameters<Pointers, kCapacity> parameters;
   parameters.common = common;
   std::memcpy(parameters.layers, layers, common.n_layers * sizeof(Pointers));
@@ -74,6 +76,19 @@ int64_t shared_bytes(const Common& c, bool float64) {
 
 int64_t control_bytes(bool float64) {
   return float64 ? Shared<double>::kBytes : Shared<float>::kBytes;
+}
+
+std::string unloadable() {
+#ifdef SRN_SHIM
+  return "";
+#else
+  cudaFuncAttributes found;
+  const cudaError_t error =
+      cudaFuncGetAttributes(&found, normalize_kernel<float, kSmall<ForwardPointers>>);
+  if (error == cudaSuccess) return "";
+  (void)cudaGetLastError();  // it was met
+  return cudaGetErrorString(error);
+#endif
 }
 
 void launch_normalize(const Common& c, const ForwardPointers* layers, bool float64, int ctas,

@@ -36,7 +36,7 @@ struct Blueprint {
   int slot_bytes = 0, stream_slots = 0, resident_slots = 0, v_bytes = 0, ctas = 1;
 };
 
-class Plan {
+class Plan : public std::enable_shared_from_this<Plan> {
  public:
   Plan(Blueprint b, int device, bool backward, bool float64)
       : device(device), float64(float64), ctas(b.ctas) {
@@ -49,11 +49,11 @@ class Plan {
     std::vector<char> blob;
     const size_t records = append(&blob, b.records), tiles = append(&blob, b.tiles),
                  columns = append(&blob, b.columns);
-    memory = static_cast<char*>(upload(blob.data(), blob.size(), device));
+    memory = Memory(blob.data(), blob.size(), device);
     common = {};
-    common.records = reinterpret_cast<const Record*>(memory + records);
-    common.tiles = reinterpret_cast<const Tile*>(memory + tiles);
-    common.columns = reinterpret_cast<const int32_t*>(memory + columns);
+    common.records = reinterpret_cast<const Record*>(memory.data() + records);
+    common.tiles = reinterpret_cast<const Tile*>(memory.data() + tiles);
+    common.columns = reinterpret_cast<const int32_t*>(memory.data() + columns);
     common.n_tiles = int32_t(b.tiles.size());
     common.n_layers = int32_t(b.records.size());
     common.slot_bytes = b.slot_bytes;
@@ -61,33 +61,31 @@ class Plan {
     common.resident_slots = b.resident_slots;
     common.v_bytes = b.v_bytes;
   }
-  ~Plan() {
-    release(memory, device);
-    for (auto& [stream, counters] : by_stream) release(counters, device);
-    for (int32_t* counters : captured) release(counters, device);
-  }
   Plan(const Plan&) = delete;
   Plan& operator=(const Plan&) = delete;
 
-  // A kernel leaves its counters at zero, so launches of one stream share them; a graph may run
-  // beside any stream and keeps its own.
+  // A kernel leaves its counters at zero, so launches of one stream share them. A graph may run
+  // beside any stream: it has its own, and keeps them and this plan for as long as it lives.
   int32_t* counters_for(void* stream) {
-    const std::lock_guard<std::mutex> lock(mutex);
     if (capturing(stream)) {
-      captured.push_back(new_counters());
-      return captured.back();
+      auto owned = std::make_unique<Captured>(Captured{shared_from_this(), new_counters()});
+      auto* counters = words(owned->counters);
+      keep_for_graph(stream, owned.release(), &Captured::forget);
+      return counters;
     }
-    int32_t*& counters = by_stream[stream];
-    if (!counters) counters = new_counters();
-    return counters;
+    const std::lock_guard<std::mutex> lock(mutex);
+    Memory& counters = by_stream[stream_id(stream)];
+    if (!counters.data()) counters = new_counters();
+    return words(counters);
   }
-  bool in_a_graph() const { return !captured.empty(); }
   bool counters_are_clean() const {  // on the host only
     for (auto& [stream, counters] : by_stream)
       for (size_t i = 0; i < counter_words(); ++i)
-        if (counters[i] != 0) return false;
+        if (words(counters)[i] != 0) return false;
     return true;
   }
+  // Frees what graphs that are gone kept: their own end may not call the device.
+  static void sweep() { Captured::sweep(); }
 
   const int device;
   const bool float64;
@@ -96,15 +94,38 @@ class Plan {
   Common common;
 
  private:
-  char* memory = nullptr;
-  std::mutex mutex;
-  std::map<void*, int32_t*> by_stream;
-  std::vector<int32_t*> captured;
+  struct Captured {
+    std::shared_ptr<Plan> plan;
+    Memory counters;
 
+    static void forget(void* object) {
+      const std::lock_guard<std::mutex> lock(forgotten().mutex);
+      forgotten().objects.emplace_back(static_cast<Captured*>(object));
+    }
+    static void sweep() {
+      std::vector<std::unique_ptr<Captured>> gone;
+      const std::lock_guard<std::mutex> lock(forgotten().mutex);
+      gone.swap(forgotten().objects);
+    }
+
+   private:
+    struct Forgotten {
+      std::mutex mutex;
+      std::vector<std::unique_ptr<Captured>> objects;
+    };
+    static Forgotten& forgotten() {  // never destroyed, as all plans
+      static auto* all = new Forgotten;
+      return *all;
+    }
+  };
+
+  Memory memory;
+  std::mutex mutex;
+  std::map<uint64_t, Memory> by_stream;
+
+  static int32_t* words(const Memory& m) { return reinterpret_cast<int32_t*>(m.data()); }
   size_t counter_words() const { return size_t(kFirstCounter + common.n_layers) * kCounterStride; }
-  int32_t* new_counters() {
-    return static_cast<int32_t*>(upload(nullptr, counter_words() * sizeof(int32_t), device));
-  }
+  Memory new_counters() const { return Memory(nullptr, counter_words() * sizeof(int32_t), device); }
   template <class T>
   static size_t append(std::vector<char>* blob, const std::vector<T>& values) {
     const size_t at = size_t(line(int64_t(blob->size())));
