@@ -148,7 +148,6 @@ class Plans {
     b.slot_bytes = py::cast<int>(made.attr("slot_bytes"));
     b.stream_slots = py::cast<int>(made.attr("stream_slots"));
     b.resident_slots = py::cast<int>(made.attr("resident_slots"));
-    b.v_bytes = py::cast<int>(made.attr("v_bytes"));
     b.ctas = py::cast<int>(made.attr("ctas"));
     return b;
   }
@@ -325,9 +324,12 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     d["small_forward"] = int(kSmall<ForwardPointers>);
     d["small_backward"] = int(kSmall<BackwardPointers>);
     d["consumer_warps"] = kWarps;
-    d["few_vectors"] = kFewVectors;
-    d["many_vectors"] = kManyVectors;
-    d["scalar_vectors"] = kScalarVectors;
+    d["vectors"] = std::vector<int>(std::begin(kVectorCounts), std::end(kVectorCounts));
+    d["scalars"] = std::vector<int>(std::begin(kScalarCounts), std::end(kScalarCounts));
+    d["backward_vectors"] =
+        std::vector<int>(std::begin(kBackwardCounts), std::end(kBackwardCounts));
+    d["part_vectors"] = kPartVectors;
+    d["most_rows"] = kConsumers * 4;
     d["max_slots"] = kMaxSlots;
     d["max_pieces"] = kMaxPieces;
     return d;

@@ -11,6 +11,7 @@ namespace srn::cuda {
 
 struct ForwardDirection {
   using Pointers = ForwardPointers;
+  static constexpr bool kByPanel = false;
   SRN_DEVICE static void fetch(const Record& r, const Pointers& p, Barrier* full, char* slot,
                                const Piece& piece, int lane, bool keep) {
     fetch_elements(full, slot, p.weight, r.type, r, piece, lane, keep);
@@ -18,21 +19,12 @@ struct ForwardDirection {
 };
 
 template <class A>
-class Forward;
-
-// One staged slab; see Forward::staged.
-template <class A, class E, int kWidth, int kVectors>
-SRN_DEVICE void staged_slab(const Common* c, const ForwardPointers* layers, const Entry* e) {
-  Forward<A>(*c, layers).template staged<E, kWidth, kVectors>(*e);
-}
-
-template <class A>
 class Forward {
  public:
   SRN_DEVICE Forward(const Common& common, const ForwardPointers* layers)
       : c(common),
         layers(layers),
-        sh(Shared<A>::carve(c, shared_memory())),
+        sh(Shared<A>::carve(shared_memory())),
         consumer(c, sh.control, sh.slots),
         tid(thread_index()),
         lane(tid % kWarp),
@@ -75,165 +67,162 @@ class Forward {
   }
 
   SRN_DEVICE void slab(const Entry& e, const Record& r, const ForwardPointers& p) {
-    if constexpr (sizeof(A) == 4) {
-      if (r.path == kScalars) return staged_slab<A, Any, 1, kScalarVectors>(&c, layers, &e);
-      if (r.path == kVectors) {
-        if (r.type == kFloat32) return staged_as<float>(e, r);
-        if (r.type == kBFloat16) return staged_as<bfloat16>(e, r);
-        return staged_as<float16>(e, r);
-      }
-    }
-    direct(e, r, p, Workspace<A>(r, c.scratch), first_pass(r));
-  }
-
-  template <class E>
-  SRN_DEVICE void staged_as(const Entry& e, const Record& r) {
-    if (r.vectors == kFewVectors) return staged_slab<A, E, 4, kFewVectors>(&c, layers, &e);
-    staged_slab<A, E, 4, kManyVectors>(&c, layers, &e);
-  }
-
- public:
-  // Groups of warps take a row each; a thread has kVectors vectors of kWidth columns of it, and
-  // keeps their v and t in registers.
-  template <class E, int kWidth, int kVectors>
-  SRN_DEVICE void staged(const Entry& e) {
-    const Record& r = c.records[e.layer];
-    const ForwardPointers& p = layers[e.layer];
-    const Workspace<A> ws(r, c.scratch);
-    const bool first = first_pass(r);
-    constexpr int kBatch = kVectors == kFewVectors ? 4
-                           : kVectors == kScalarVectors
-                               ? 2
-                               : 1;  // rows of a group between two barriers
-    const int columns = r.columns, units = columns / kWidth;
-    const int group_warps = r.group_warps, groups = kWarps / group_warps;
-    const int group = warp / group_warps, across = group_warps * kWarp;
-    const int mine = group < groups ? tid - group * across : units;
-    const bool iterate = r.iterations > 0;
-
-    // Few vectors of v stay in registers, many in shared memory.
-    constexpr bool kInRegisters = kVectors != kManyVectors;
-    A v[kInRegisters ? kVectors : 1][kWidth], t[kVectors][kWidth] = {};
-    const A* source = first ? static_cast<const A*>(p.v) : ws.t;
-    const int32_t* table = first && r.column_of >= 0 ? c.columns + r.column_of : nullptr;
-    const auto v_at = [&](int j) { return load_shared_by_ctas(source + (table ? table[j] : j)); };
-    if constexpr (kInRegisters) {
-#pragma unroll
-      for (int i = 0; i < kVectors; ++i) {
-        const int unit = mine + i * across;
-#pragma unroll
-        for (int k = 0; k < kWidth; ++k) v[i][k] = unit < units ? v_at(unit * kWidth + k) : A(0);
-      }
+    if (r.path == kScalars) {
+      with_count<1, 3, 6>(r.vectors, [&](auto n) { staged<Any, 1, n.kValue>(e, r, p); });
+    } else if (r.path == kVectors) {
+      with_type<A>(r.type, [&](auto type) {
+        with_count<1, 2, 3, 6, 9>(r.vectors, [&](auto n) {
+          staged<typename decltype(type)::Type, kVectorWidth<A>, n.kValue>(e, r, p);
+        });
+      });
     } else {
-#pragma unroll 4
-      for (int j = tid; j < columns; j += kConsumers) sh.v[j] = v_at(j);
-      sync_consumers();
+      direct(e, r, p, Workspace<A>(r, c.scratch), first_pass(r));
     }
+  }
+
+  // A block is a piece, or a row that came in parts: where its parts start, seen from the slots.
+  template <int kVectors>
+  struct Block {
+    static constexpr int kParts = (kVectors + kPartVectors - 1) / kPartVectors;
+    const char* part[kParts];
+  };
+  template <class E, int kWidth, int kVectors>
+  SRN_DEVICE Block<kVectors> take_block(const Entry& e, const Record& r, const ForwardPointers& p,
+                                        const Piece& piece, int k,
+                                        const Own<kWidth, kVectors>& own) {
+    const int size = bytes_of<E>(r.type), step = kPartVectors * own.across * kWidth * size;
+    const char* source =
+        static_cast<const char*>(p.weight) + int64_t(piece.row) * r.columns * size;
+    Block<kVectors> block;
+    block.part[0] = consumer.take(e, k) + shift_of(source);
+#pragma unroll
+    for (int i = 1; i < Block<kVectors>::kParts; ++i)
+      block.part[i] = r.row_pieces == 1 ? block.part[0] + i * step
+                                        : consumer.take(e, k + i) + shift_of(source + i * step);
+    return block;
+  }
+
+  // Groups of warps take a row each. First all dot products of a few rows of each group, then a
+  // pair of barriers between which one warp adds their parts, then the rows' share of t.
+  template <class E, int kWidth, int kVectors>
+  SRN_DEVICE void staged(const Entry& e, const Record& r, const ForwardPointers& p) {
+    constexpr int kRows = kVectors <= 2 ? 4 : kVectors <= 6 ? 2 : 1;  // at a time
+    const Own<kWidth, kVectors> own(r, r.columns / kWidth);
+    const int size = bytes_of<E>(r.type), group_warps = r.group_warps;
+    const int stride = own.groups * r.columns * size;  // from a group's row to its next
+    const bool iterate = r.iterations > 0, first = first_pass(r);
+    A* s_out = Workspace<A>(r, c.scratch).s;
+
+    A v[kVectors][kWidth], t[kVectors][kWidth] = {};
+    load_own(own, first ? static_cast<const A*>(p.v) : Workspace<A>(r, c.scratch).t,
+             first ? column_table(c, r) : nullptr, v);
+    const auto load_w = [&](const Block<kVectors>& block, int at, int i, A(&w)[kWidth]) {
+      load_as<E>(block.part[i / kPartVectors] + at + own.in_part(i) * kWidth * size, r.type, 0, w);
+    };
+    A* parts = sh.parts + warp;
+    A* dots = sh.dots + (own.active() ? own.group : 0) * kChunk;
 
     double squares[1] = {0};
-    int turn = 0;
-    const int pieces = pieces_of(r, e.index);
-    for (int piece = 0; piece < pieces; ++piece) {
-      const Piece part = piece_of(r, e.index, piece);
-      const char* begin =
-          static_cast<const char*>(p.weight) + int64_t(part.row) * columns * element_bytes(r.type);
-      const char* data = consumer.take(e, piece) + shift_of(begin);
+    const int pieces = pieces_of(r, e.index), begin = e.index * r.slab_rows;
+    int next = own.active() ? begin + own.group : r.rows;  // of the group's rows
+    for (int piece = 0; piece < pieces; piece += r.row_pieces) {
+      const Piece where = piece_of<false>(r, e.index, piece);
+      const Block<kVectors> block = take_block<E>(e, r, p, where, piece, own);
       A f = 0;
-      for (int from = 0; from < part.rows; from += groups * kBatch) {
-        A dot[kBatch];
+      while (next < where.row + where.rows) {
+        const int left = (where.row + where.rows - next + own.groups - 1) / own.groups;
+        const int n = left < kChunk ? left : kChunk;
+        const int from = (next - where.row) * r.columns * size;
+#pragma unroll 1
+        for (int row = 0; row < n; row += kRows) {
+          A dot[kRows];
 #pragma unroll
-        for (int b = 0; b < kBatch; ++b) {
-          dot[b] = 0;
-          const int row = from + b * groups + group;
-          if (row >= part.rows) continue;
+          for (int b = 0; b < kRows; ++b) {
+            // Rows beyond the last repeat it, and count for nothing.
+            const bool real = b == 0 || row + b < n;
+            const int at = from + (real ? row + b : row) * stride;
+            const A scale = real ? A(kShrinkSq) : A(0), end_scale = own.last ? scale : A(0);
+            dot[b] = 0;
 #pragma unroll
-          for (int i = 0; i < kVectors; ++i) {
-            const int unit = mine + i * across;
-            if (unit >= units) continue;
-            A w[kWidth];
-            load_as<E>(data, r.type, row * columns + unit * kWidth, w);
-            A x[kWidth];
-            if constexpr (kInRegisters) {
+            for (int i = 0; i < kVectors; ++i) {
+              A w[kWidth], square = 0;
+              load_w(block, at, i, w);
 #pragma unroll
-              for (int k = 0; k < kWidth; ++k) x[k] = v[i][k];
-            } else {
-              load<A>(sh.v, unit * kWidth, x);
+              for (int k = 0; k < kWidth; ++k) {
+                dot[b] += w[k] * v[i][k];
+                square += w[k] * w[k];
+              }
+              f += square * (i < kVectors - 1 ? scale : end_scale);
             }
+          }
+          const A dot_of_row = warp_sums(dot);
+          constexpr int kSpan = kWarp / kRows;
+          if (lane % kSpan == 0) parts[(row + lane / kSpan) * kWarps] = dot_of_row;
+        }
+        own.sync(group_warps);
+        if (warp == own.group * group_warps && lane < kChunk) {
+          A dot = 0;
 #pragma unroll
-            for (int k = 0; k < kWidth; ++k) {
-              dot[b] += w[k] * x[k];
-              const A small = w[k] * A(kShrink);
-              f += small * small;
+          for (int i = 0; i < kWarps; ++i) {
+            if (i < group_warps && lane < n) dot += parts[lane * kWarps + i];
+          }
+          if (lane < n) s_out[next + lane * own.groups] = dot;
+          dots[lane] = dot * A(kShrinkSq);
+        }
+        own.sync(group_warps);
+        if (iterate) {
+#pragma unroll 1
+          for (int row = 0; row < n; row += kRows) {
+#pragma unroll
+            for (int b = 0; b < kRows; ++b) {
+              const bool real = b == 0 || row + b < n;
+              const A s = real ? dots[row + b] : A(0);
+              const int at = from + (real ? row + b : row) * stride;
+#pragma unroll
+              for (int i = 0; i < kVectors; ++i) {
+                A w[kWidth];
+                load_w(block, at, i, w);
+#pragma unroll
+                for (int k = 0; k < kWidth; ++k) t[i][k] += w[k] * s;
+              }
             }
           }
         }
-#pragma unroll
-        for (int b = 0; b < kBatch; ++b) dot[b] = warp_sum(dot[b]);
-        if (group_warps > 1) {
-          A* parts = sh.parts + turn * Shared<A>::kPartRows * kWarps;
-          if (lane == 0) {
-#pragma unroll
-            for (int b = 0; b < kBatch; ++b) parts[b * kWarps + warp] = dot[b];
-          }
-          sync_consumers();
-          turn ^= 1;  // the next batch writes elsewhere: no second barrier
-          if (group < groups) {
-#pragma unroll
-            for (int b = 0; b < kBatch; ++b) {
-              dot[b] = 0;
-#pragma unroll 2
-              for (int i = 0; i < group_warps; ++i)
-                dot[b] += parts[b * kWarps + group * group_warps + i];
-            }
-          }
-        }
-#pragma unroll
-        for (int b = 0; b < kBatch; ++b) {
-          const int row = from + b * groups + group;
-          if (row >= part.rows || group >= groups) continue;
-          if (mine == 0) ws.s[part.row + row] = dot[b];
-          if (!iterate) continue;
-          const A s = dot[b] * A(kShrinkSq);
-#pragma unroll
-          for (int i = 0; i < kVectors; ++i) {
-            const int unit = mine + i * across;
-            if (unit >= units) continue;
-            A w[kWidth];
-            load_as<E>(data, r.type, row * columns + unit * kWidth, w);
-#pragma unroll
-            for (int k = 0; k < kWidth; ++k) t[i][k] += w[k] * s;
-          }
-        }
+        next += n * own.groups;
       }
       squares[0] += double(f);
-      consumer.give_back(e, piece);
+      for (int k = 0; k < r.row_pieces; ++k) consumer.give_back(e, piece + k);
     }
 
+    const Workspace<A> ws(r, c.scratch);
     sum_over_consumers(squares, sh.doubles);
     if (tid == 0) finish_slab(e, pieces, ws, squares[0]);
     if (!iterate) return;
     A* share = ws.shares + int64_t(e.index) * ws.pitch;
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
-      const int unit = mine + i * across;
-      if (groups > 1) {
-        sync_consumers();
+      Pack<A, kWidth> sum;
 #pragma unroll
-        for (int k = 0; k < kWidth; ++k) sh.sums[k * kConsumers + tid] = t[i][k];
+      for (int k = 0; k < kWidth; ++k) sum.x[k] = t[i][k];
+      if (own.groups > 1) {
+        auto* sums = reinterpret_cast<Pack<A, kWidth>*>(sh.sums);
         sync_consumers();
-      }
-      if (group > 0 || unit >= units) continue;
-#pragma unroll
-      for (int k = 0; k < kWidth; ++k) {
-        A sum = t[i][k];
+        sums[tid] = sum;
+        sync_consumers();
+        if (own.group == 0) {
 #pragma unroll 1
-        for (int g = 1; g < groups; ++g) sum += sh.sums[k * kConsumers + tid + g * across];
-        share[unit * kWidth + k] = sum;
+          for (int g = 1; g < own.groups; ++g) {
+            const Pack<A, kWidth> more = sums[tid + g * own.across];
+#pragma unroll
+            for (int k = 0; k < kWidth; ++k) sum.x[k] += more.x[k];
+          }
+        }
       }
+      if (own.group == 0 && own.has(i))
+        *reinterpret_cast<Pack<A, kWidth>*>(share + own.unit(i) * kWidth) = sum;
     }
   }
 
- private:
   // The slab's |W|_F^2, and which of its pieces this CTA keeps.
   SRN_DEVICE void finish_slab(const Entry& e, int pieces, const Workspace<A>& ws, double squares) {
     ws.sums[e.index] = squares;
@@ -277,7 +266,7 @@ class Forward {
         ws.s[begin + tid] = sum;
       }
     }
-    sum_over_consumers(squares, sh.doubles);  // a barrier too: s is complete
+    sum_for_consumers(squares, sh.doubles);  // a barrier too: s is complete
     if (tid == 0) finish_slab(e, 0, ws, squares[0]);
     if (r.iterations <= 0) return;
     A* share = ws.shares + int64_t(e.index) * ws.pitch;
@@ -349,7 +338,7 @@ class Forward {
       x[2] += v * v;
     }
     for (int k = tid; k < r.slabs; k += kConsumers) x[3] += load_shared_by_ctas(ws.sums + k);
-    sum_over_consumers(x, sh.doubles);
+    sum_for_consumers(x, sh.doubles);
     double u_norm = sqrt(x[1]), v_norm = sqrt(x[2]), sigma;
     if (iterate) {
       sigma = u_norm > 0 ? v_norm / u_norm * kGrowSq : u_norm;
@@ -392,59 +381,101 @@ class Forward {
   SRN_DEVICE void rescale(const Entry& e, const Record& r, const ForwardPointers& p) {
     const A a = A(load_shared_by_ctas(&c.stats[r.stats_row].a));
     const A b = A(load_shared_by_ctas(&c.stats[r.stats_row].b));
-    const A* u = round_u<A>(c, r);
-    const A* v = round_v<A>(c, r);
-    if (r.path == kDirect) {
-      for_each_in_slab(r, e.index, [&](int64_t at, int row, int column) {
-        A w[1], x[1];
-        load_any(p.weight, r.type, at, w);
-        load_v(c, r, v, column, x);
-        x[0] = a * w[0] + load_shared_by_ctas(u + row) * (b * x[0]);
-        store_any(p.out, r.other_type, at, x);
+    if (r.path == kScalars) {
+      stage_u(c, r, e.index, b, sh.sums);
+      with_count<1, 3, 6>(r.vectors, [&](auto n) { rescaled<Any, Any, 1, n.kValue>(e, r, p, a); });
+    } else if (r.path == kVectors) {
+      stage_u(c, r, e.index, b, sh.sums);
+      with_types<A>(r.type, r.other_type, [&](auto type, auto other) {
+        with_count<1, 2, 3, 6, 9>(r.vectors, [&](auto n) {
+          rescaled<typename decltype(type)::Type, typename decltype(other)::Type, kVectorWidth<A>,
+                   n.kValue>(e, r, p, a);
+        });
       });
-      return;
+    } else {
+      const A* u = round_u<A>(c, r);
+      const A* v = round_v<A>(c, r);
+      for_each_in_slab(r, e.index, [&](int64_t at, int row, int column) {
+        A w[1];
+        load_any(p.weight, r.type, at, w);
+        w[0] = a * w[0] + b * load_shared_by_ctas(u + row) *
+                              load_shared_by_ctas(v + matrix_column(c, r, column));
+        store_any(p.out, r.other_type, at, w);
+      });
     }
-    if (r.path == kVectors)
-      rescale_staged<4>(e, r, p, a, b, u, v);
-    else
-      rescale_staged<1>(e, r, p, a, b, u, v);
   }
 
-  template <int kWidth>
-  SRN_DEVICE void rescale_staged(const Entry& e, const Record& r, const ForwardPointers& p, A a,
-                                 A b, const A* u, const A* v) {
-    const int columns = r.columns, units = columns / kWidth;
-    const Grid grid(units);
-    const int64_t size = element_bytes(r.type);
-    A kept_v[kWidth];  // of the only unit, if there is one: then it is loaded once
-    if (units <= kConsumers && grid.first < units) load_v(c, r, v, grid.first * kWidth, kept_v);
+  // b u of the slab's rows lies in shared memory, a thread's part of v in registers.
+  template <class E, class O, int kWidth, int kVectors>
+  SRN_DEVICE void rescaled(const Entry& e, const Record& r, const ForwardPointers& p, A a) {
+    constexpr int kRows = 2;  // in flight
+    const Own<kWidth, kVectors> own(r, r.columns / kWidth);
+    const int columns = r.columns, size = bytes_of<E>(r.type), groups = own.groups;
+    const int begin = e.index * r.slab_rows, other = r.other_type, type = r.type;
+    char* out = static_cast<char*>(p.out);
+    const int out_size = bytes_of<O>(other);
+    A v[kVectors][kWidth];
+    load_own(own, round_v<A>(c, r), column_table(c, r), v);
     const int pieces = pieces_of(r, e.index);
-    for (int k = 0; k < pieces; ++k) {
-      if (!(e.mask >> k & 1)) continue;
-      const Piece part = piece_of(r, e.index, k);
-      const char* begin = static_cast<const char*>(p.weight) + int64_t(part.row) * columns * size;
-      const char* data = consumer.take(e, k) + shift_of(begin);
-      for (int unit = grid.first; unit < units; unit += grid.step) {
-        A x[kWidth];
-        if (units <= kConsumers) {
+    int next = own.active() ? begin + own.group : r.rows;
+    for (int piece = 0; piece < pieces; piece += r.row_pieces) {
+      const Piece where = piece_of<false>(r, e.index, piece);
+      const int end = where.row + where.rows;
+      const char* source = static_cast<const char*>(p.weight) + int64_t(where.row) * columns * size;
+      const int part_step = kPartVectors * own.across * kWidth;
+      const char* data = nullptr;
 #pragma unroll
-          for (int i = 0; i < kWidth; ++i) x[i] = b * kept_v[i];
+      for (int part = 0; part < Block<kVectors>::kParts; ++part) {
+        // A row that came in parts may have stayed in part.
+        const int k = piece + (r.row_pieces > 1 ? part : 0);
+        const bool fresh = part == 0 || r.row_pieces > 1;
+        const int64_t first = int64_t(part) * part_step;
+        if (!(e.mask >> k & 1)) continue;
+        if (fresh)
+          data = consumer.take(e, k) + shift_of(source + first * size);
+        else
+          data += part_step * size;
+        constexpr int kHere = kVectors - kPartVectors * (Block<kVectors>::kParts - 1);
+        const auto loop = [&](auto count) {
+          constexpr int kCount = decltype(count)::kValue;
+#pragma unroll 1
+          for (int row = next; row < end; row += kRows * groups) {
+            A w[kRows][kCount][kWidth];
+            const bool more = row + groups < end;
+#pragma unroll
+            for (int b = 0; b < kRows; ++b) {
+              const int at = b == 0 || more ? row + b * groups : row;
+              const char* from = data + (at - where.row) * columns * size;
+              const A left = sh.sums[at - begin];
+#pragma unroll
+              for (int j = 0; j < kCount; ++j) {
+                const int i = part * kPartVectors + j;
+                load_as<E>(from + own.in_part(i) * kWidth * size, type, 0, w[b][j]);
+#pragma unroll
+                for (int x = 0; x < kWidth; ++x) w[b][j][x] = a * w[b][j][x] + left * v[i][x];
+              }
+            }
+#pragma unroll
+            for (int b = 0; b < kRows; ++b) {
+              char* to = out + (int64_t(row + b * groups) * columns + first) * out_size;
+#pragma unroll
+              for (int j = 0; j < kCount; ++j) {
+                const int i = part * kPartVectors + j;
+                if ((b == 0 || more) && own.has(i))
+                  store_as<O>(to + own.in_part(i) * kWidth * out_size, other, 0, w[b][j]);
+              }
+            }
+          }
+        };
+        if constexpr (Block<kVectors>::kParts == 1) {
+          loop(Count<kHere>());
         } else {
-          load_v(c, r, v, unit * kWidth, x);
-#pragma unroll
-          for (int i = 0; i < kWidth; ++i) x[i] *= b;
+          static_assert(kHere == kPartVectors);
+          loop(Count<kPartVectors>());
         }
-        for (int row = grid.row; row < part.rows; row += grid.rows) {
-          A w[kWidth], y[kWidth];
-          load_any(data, r.type, row * columns + unit * kWidth, w);
-          const A left = load_shared_by_ctas(u + part.row + row);
-#pragma unroll
-          for (int i = 0; i < kWidth; ++i) y[i] = a * w[i] + left * x[i];
-          store_any(p.out, r.other_type, int64_t(part.row + row) * columns + unit * kWidth, y);
-        }
-        if (units <= kConsumers) break;
+        if (part == Block<kVectors>::kParts - 1 || r.row_pieces > 1) consumer.give_back(e, k);
       }
-      consumer.give_back(e, k);
+      while (next < end) next += groups;
     }
   }
 };

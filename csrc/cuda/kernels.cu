@@ -15,7 +15,7 @@ namespace {
 
 template <class A, class Direction, class Work, class Pointers>
 SRN_DEVICE void run(const Common& c, const Pointers* layers) {
-  const Shared<A> shared = Shared<A>::carve(c, shared_memory());
+  const Shared<A> shared = Shared<A>::carve(shared_memory());
   set_up_barriers(c, shared.control);
   if (thread_index() >= kConsumers) {
     Producer<Direction>(c, layers, shared.control, shared.slots).run();
@@ -68,7 +68,7 @@ void launch(void (*kernel)(Parameters<Pointers, kCapacity>), const Common& commo
 }
 
 int64_t shared_bytes(const Common& c, bool float64) {
-  return control_bytes(float64) + c.v_bytes +
+  return control_bytes(float64) +
          int64_t(c.stream_slots + c.resident_slots) * int64_t(c.slot_bytes);
 }
 

@@ -33,14 +33,14 @@ struct Blueprint {
   std::vector<Record> records;  // `scratch` is set here
   std::vector<Tile> tiles;
   std::vector<int32_t> columns;
-  int slot_bytes = 0, stream_slots = 0, resident_slots = 0, v_bytes = 0, ctas = 1;
+  int slot_bytes = 0, stream_slots = 0, resident_slots = 0, ctas = 1;
 };
 
 class Plan : public std::enable_shared_from_this<Plan> {
  public:
   Plan(Blueprint b, int device, bool backward, bool float64)
       : device(device), float64(float64), ctas(b.ctas) {
-    check(b);
+    check(b, backward, float64);
     for (Record& r : b.records) {
       r.scratch = scratch_bytes;
       scratch_bytes +=
@@ -59,7 +59,6 @@ class Plan : public std::enable_shared_from_this<Plan> {
     common.slot_bytes = b.slot_bytes;
     common.stream_slots = b.stream_slots;
     common.resident_slots = b.resident_slots;
-    common.v_bytes = b.v_bytes;
   }
   Plan(const Plan&) = delete;
   Plan& operator=(const Plan&) = delete;
@@ -134,21 +133,33 @@ class Plan : public std::enable_shared_from_this<Plan> {
     return at;
   }
   // What the kernels take for granted.
-  static void check(const Blueprint& b) {
+  static void check(const Blueprint& b, bool backward, bool float64) {
     const auto require = [](bool good, const char* what) {
       if (!good) throw std::invalid_argument(std::string("srn_kernels: a plan with ") + what);
     };
     require(b.ctas > 0 && b.stream_slots > 0, "no CTA or slot");
     require(b.stream_slots + b.resident_slots <= kMaxSlots, "too many slots");
-    require(b.slot_bytes % 128 == 0 && b.v_bytes % 128 == 0, "slots that are not aligned");
+    require(b.slot_bytes % 128 == 0, "slots that are not aligned");
     for (const Record& r : b.records) {
       if (r.path == kDirect) continue;
       const int64_t pieces = round_up(r.slab_rows, r.piece_rows) / r.piece_rows * r.row_pieces;
+      const int width = r.path == kScalars ? 1 : float64 ? 2 : 4;
+      const int64_t units = r.columns / width, across = int64_t(r.group_warps) * kWarp;
       require(r.rows == 0 || r.inner == r.columns, "staged rows that are not contiguous");
       require(pieces <= kMaxPieces, "too many pieces in a slab");
-      require(r.path != kVectors || (r.columns % 4 == 0 && r.piece_columns % 4 == 0),
-              "vectors of four that do not fill a row");
+      require(r.slab_rows <= kConsumers * 4, "too many rows in a slab");
+      require(r.columns % width == 0 && r.piece_columns % width == 0,
+              "vectors that do not fill a row");
       require(r.row_pieces == 1 || r.piece_rows == 1, "parts of several rows");
+      require(r.group_warps >= 1 && r.group_warps <= kWarps, "groups of too many warps");
+      const int64_t whole = backward ? r.piece_columns / width : units;
+      const int64_t end = backward ? units - (r.row_pieces - 1) * whole : units;
+      require(whole <= r.vectors * across && (r.vectors - 1) * across <= end && end > 0,
+              "units that do not suit the threads");
+      require(backward || r.row_pieces == 1 ||
+                  (r.row_pieces * kPartVectors == r.vectors && r.row_pieces <= b.stream_slots &&
+                   r.piece_columns == kPartVectors * across * width),
+              "parts that do not suit the threads");
     }
     for (const Tile& t : b.tiles)
       require(t.layer >= 0 && t.layer < int(b.records.size()), "a tile of no layer");
