@@ -8,7 +8,7 @@ namespace srn::cuda {
 
 struct BackwardDirection {
   using Pointers = BackwardPointers;
-  static constexpr bool kByPanel = true;
+  static constexpr bool kByPanel = true;  // slabs too
   SRN_DEVICE static void fetch(const Record& r, const Pointers& p, Barrier* full, char* slot,
                                const Piece& piece, int lane, bool keep) {
     fetch_elements(full, slot, p.weight, r.type, r, piece, lane, keep);
@@ -112,12 +112,12 @@ class Backward {
                            Work&& work) {
     if (r.path == kScalars) {
       stage_u(c, r, e.index, factor, sh.sums);
-      with_count<1, 2, 3>(r.vectors,
-                          [&](auto n) { staged<Any, Any, 1, n.kValue>(e, r, p, work); });
+      with_panel_count<Any>(r.vectors,
+                            [&](auto n) { staged<Any, Any, 1, n.kValue>(e, r, p, work); });
     } else if (r.path == kVectors) {
       stage_u(c, r, e.index, factor, sh.sums);
       with_types<A>(r.type, r.other_type, [&](auto type, auto other) {
-        with_count<1, 2, 3>(r.vectors, [&](auto n) {
+        with_panel_count<void>(r.vectors, [&](auto n) {
           staged<typename decltype(type)::Type, typename decltype(other)::Type, kVectorWidth<A>,
                  n.kValue>(e, r, p, work);
         });
@@ -144,26 +144,24 @@ class Backward {
   // u of the slab's rows lies in shared memory, a thread's part of v of a panel in registers.
   template <class E, class O, int kWidth, int kVectors, class Work>
   SRN_DEVICE void staged(const Entry& e, const Record& r, const BackwardPointers& p, Work& work) {
-    constexpr int kRows = 2;  // in flight
+    constexpr int kRows = kRowsInFlight<E>;
     const int columns = r.columns, type = r.type, other = r.other_type, offset = r.other_offset;
     const int size = bytes_of<E>(type), grad_size = bytes_of<O>(other);
     const int begin = e.index * r.slab_rows;
     const int pieces = pieces_of(r, e.index), in_panel = pieces / r.row_pieces;
     const auto *weights = static_cast<const char*>(p.weight), *grads = static_cast<const char*>(p.grad);
     char* out = static_cast<char*>(p.grad_weight);
-    const A* u = sh.sums;
-    for (int piece = 0; piece < pieces;) {
-      const int panel_end = piece + in_panel;
-      Piece where = piece_of<true>(r, e.index, piece);
+    for (int j = 0; j < pieces;) {
+      const int panel_end = j + in_panel;
+      Piece where = piece_of(r, e.index, panel_order(r, pieces, j));
       const Own<kWidth, kVectors> own(r, where.columns / kWidth);
       const int groups = own.groups, pitch = where.columns;  // of a piece in its slot
-      const int32_t* table = column_table(c, r);
       A v[kVectors][kWidth];
-      load_own(own, round_v<A>(c, r) + (table ? 0 : where.column),
-               table ? table + where.column : nullptr, v);
+      load_own_of_round(c, r, own, where.column, v);
       int next = own.active() ? begin + own.group : r.rows;
-      for (; piece < panel_end; ++piece) {
-        where = piece_of<true>(r, e.index, piece);
+      for (; j < panel_end; ++j) {
+        const int piece = panel_order(r, pieces, j);
+        where = piece_of(r, e.index, piece);
         const int end = where.row + where.rows;
         if (!(e.mask >> piece & 1)) {
           while (next < end) next += groups;
@@ -173,33 +171,41 @@ class Backward {
         const int64_t first = int64_t(where.row) * columns + where.column;
         const char* weight = slot + shift_of(weights + first * size);
         const char* grad = slot + offset + shift_of(grads + first * grad_size);
+        const int step = groups * pitch;
+        const int64_t out_step = int64_t(groups) * columns * size;
+        weight += (next - where.row) * pitch * size;
+        grad += (next - where.row) * pitch * grad_size;
+        char* to = out + (int64_t(next) * columns + where.column) * size;
+        const A* left = sh.sums + (next - begin);
 #pragma unroll 1
-        for (int first_row = next; first_row < end; first_row += kRows * groups) {
-          const bool more = first_row + groups < end;
+        for (int row = next; row < end; row += kRows * groups) {
+          const bool more = row + groups < end;
           A g[kRows][kVectors][kWidth];
 #pragma unroll
           for (int b = 0; b < kRows; ++b) {
-            const int row = b == 0 || more ? first_row + b * groups : first_row;
-            const int at = (row - where.row) * pitch;
-            const A left = u[row - begin];
+            const int at = b == 0 || !more ? 0 : step;
+            const A factor = left[b == 0 || !more ? 0 : groups];
 #pragma unroll
             for (int i = 0; i < kVectors; ++i) {
               A w[kWidth];
               load_as<O>(grad + (at + own.unit(i) * kWidth) * grad_size, other, 0, g[b][i]);
               load_as<E>(weight + (at + own.unit(i) * kWidth) * size, type, 0, w);
-              work(g[b][i], w, left, v[i], (b == 0 || more) && own.has(i));
+              work(g[b][i], w, factor, v[i], (b == 0 || more) && own.has(i));
             }
           }
           if constexpr (Work::kStores) {
 #pragma unroll
             for (int b = 0; b < kRows; ++b) {
-              char* to = out + (int64_t(first_row + b * groups) * columns + where.column) * size;
 #pragma unroll
               for (int i = 0; i < kVectors; ++i)
                 if ((b == 0 || more) && own.has(i))
-                  store_as<E>(to + own.unit(i) * kWidth * size, type, 0, g[b][i]);
+                  store_as<E>(to + b * out_step + own.unit(i) * kWidth * size, type, 0, g[b][i]);
             }
           }
+          weight += kRows * step * size;
+          grad += kRows * step * grad_size;
+          to += kRows * out_step;
+          left += kRows * groups;
         }
         while (next < end) next += groups;
         work.flush();

@@ -326,8 +326,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     d["consumer_warps"] = kWarps;
     d["vectors"] = std::vector<int>(std::begin(kVectorCounts), std::end(kVectorCounts));
     d["scalars"] = std::vector<int>(std::begin(kScalarCounts), std::end(kScalarCounts));
-    d["backward_vectors"] =
-        std::vector<int>(std::begin(kBackwardCounts), std::end(kBackwardCounts));
     d["part_vectors"] = kPartVectors;
     d["most_rows"] = kConsumers * 4;
     d["max_slots"] = kMaxSlots;

@@ -79,17 +79,13 @@ SRN_DEVICE int pieces_of(const Record& r, int index) {
   return (slab_rows(r, index) + r.piece_rows - 1) / r.piece_rows * r.row_pieces;
 }
 
-// Parts of a row follow each other where all of it is needed at a time; in backward, panel by panel,
-// so that a thread's part of v changes rarely.
-template <bool kByPanel>
 SRN_DEVICE Piece piece_of(const Record& r, int index, int k) {
-  const int rows = slab_rows(r, index);
   int block = k, part = 0;
   if (r.row_pieces > 1) {
-    part = kByPanel ? k / rows : k % r.row_pieces;  // a piece is one row's then
-    block = kByPanel ? k - part * rows : k / r.row_pieces;
+    block = k / r.row_pieces;
+    part = k - block * r.row_pieces;
   }
-  const int first = block * r.piece_rows, left = rows - first;
+  const int first = block * r.piece_rows, left = slab_rows(r, index) - first;
   Piece p;
   p.row = index * r.slab_rows + first;
   p.rows = left < r.piece_rows ? left : r.piece_rows;
@@ -98,12 +94,22 @@ SRN_DEVICE Piece piece_of(const Record& r, int index, int k) {
   return p;
 }
 
+// The j-th piece that is worked on. Where rows come in parts and nothing needs all of a row at a
+// time, panel by panel: a thread's part of v changes rarely then.
+SRN_DEVICE int panel_order(const Record& r, int pieces, int j) {
+  if (r.row_pieces == 1) return j;
+  const int rows = pieces / r.row_pieces, part = j / rows;
+  return (j - part * rows) * r.row_pieces + part;
+}
+
 // The slots of the stream in turn, and which fill of a slot it is: no division.
 struct Cursor {
-  int slot = 0;
-  uint32_t parity = 0;
+  uint32_t at = 0;  // the slot, and above it the parity of the fill
+  SRN_DEVICE int slot() const { return int(at & 0xffff); }
+  SRN_DEVICE uint32_t parity() const { return at >> 16; }
   SRN_DEVICE void advance(const Common& c) {
-    if (++slot == c.stream_slots) slot = 0, parity ^= 1;
+    ++at;
+    if (slot() == c.stream_slots) at = (at & 0x10000) ^ 0x10000;
   }
 };
 
@@ -307,7 +313,9 @@ class Producer {
     if (!early) publish();
     bool waiting = early;
     const bool keep = slab && tile.index >= r.first_protected;
-    for (int k = 0; k < pieces; ++k) {
+    const bool by_panel = Direction::kByPanel || !slab;
+    for (int j = 0; j < pieces; ++j) {
+      const int k = by_panel ? panel_order(r, pieces, j) : j;
       if (!(mask >> k & 1)) continue;
       int slot;
       if (kept >> k & 1) {
@@ -319,16 +327,16 @@ class Producer {
           await_published(tile);
           waiting = false;
         }
-        slot = stream.slot;
-        if (wrapped) wait(&control->empty[slot], stream.parity ^ 1);
+        slot = stream.slot();
+        if (wrapped) wait(&control->empty[slot], stream.parity() ^ 1);
         stream.advance(c);
-        wrapped |= stream.slot == 0;
+        wrapped |= stream.slot() == 0;
       }
       sync_warp();
       Barrier* full = &control->full[slot];
       const bool again = keep && !(kept >> k & 1);  // L2 is asked for only what is read again
       Direction::fetch(r, layers[tile.layer], full, slots + int64_t(slot) * c.slot_bytes,
-                       piece_of<Direction::kByPanel>(r, tile.index, k), lane, again);
+                       piece_of(r, tile.index, k), lane, again);
       fetch_started(full);
     }
     if (waiting) await_published(tile);
@@ -369,8 +377,8 @@ class Consumer {
     if (e.op == kResident) return slots + slot * c.slot_bytes;
     uint32_t parity;
     if (slot < 0) {
-      slot = taken.slot;
-      parity = taken.parity;
+      slot = taken.slot();
+      parity = taken.parity();
       taken.advance(c);
     } else {
       parity = control->parity[thread_index() / kWarp] >> (slot - c.stream_slots) & 1;
@@ -383,7 +391,7 @@ class Consumer {
     int slot = e.where[k];
     const bool stays = e.op != kResident && slot >= 0;
     if (slot < 0) {
-      slot = given.slot;
+      slot = given.slot();
       given.advance(c);
     }
     sync_warp();

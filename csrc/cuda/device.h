@@ -189,6 +189,8 @@ SRN_DEVICE P load_lines_shared_by_ctas(const void* p) {
 SRN_DEVICE void store_last(float4* p, float4 x) { __stcs(p, x); }
 SRN_DEVICE void store_last(uint2* p, uint2 x) { __stcs(p, x); }
 
+SRN_DEVICE float float_of_bits(uint32_t bits) { return __uint_as_float(bits); }
+
 template <class E>
 struct Convert;
 template <>

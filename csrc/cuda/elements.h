@@ -16,6 +16,15 @@ struct alignas(sizeof(E) * N) Pack {
 // N neighbouring elements; for N = 4 at a multiple of their size together.
 template <class E, int N, class A>
 SRN_DEVICE void load(const void* p, int64_t i, A (&to)[N]) {
+  if constexpr (std::is_same_v<E, bfloat16> && N == 4 && sizeof(A) == 4) {
+    // By hand: an instruction an element.
+    const auto raw = *reinterpret_cast<const uint2*>(static_cast<const E*>(p) + i);
+    to[0] = float_of_bits(raw.x << 16);
+    to[1] = float_of_bits(raw.x & 0xffff0000);
+    to[2] = float_of_bits(raw.y << 16);
+    to[3] = float_of_bits(raw.y & 0xffff0000);
+    return;
+  }
   const auto pack = *reinterpret_cast<const Pack<E, N>*>(static_cast<const E*>(p) + i);
 #pragma unroll
   for (int k = 0; k < N; ++k) to[k] = A(Convert<E>::load(pack.x[k]));
@@ -118,10 +127,8 @@ SRN_DEVICE void with_types(int type, int other, F&& f) {
   } else if (type == kFloat32) {
     with_type<A>(other, [&](auto o) { f(As<float>(), o); });
   } else if (type == kBFloat16) {
-    if (other == kFloat32) return f(As<bfloat16>(), As<float>());
     f(As<bfloat16>(), As<bfloat16>());
   } else {
-    if (other == kFloat32) return f(As<float16>(), As<float>());
     f(As<float16>(), As<float16>());
   }
 }
@@ -130,6 +137,19 @@ template <int... Counts, class F>
 SRN_DEVICE void with_count(int count, F&& f) {
   ((count == Counts && (f(Count<Counts>()), true)) || ...);
 }
+
+// Of a panel: a row, or a part of it.
+template <class E, class F>
+SRN_DEVICE void with_panel_count(int vectors, F&& f) {
+  if (vectors == 1) return f(Count<1>());
+  if constexpr (!std::is_same_v<E, Any>) {
+    if (vectors == 2) return f(Count<2>());
+  }
+  f(Count<kPartVectors>());
+}
+// Rows of a thread that are in flight: with a type of Any the code is large as it is.
+template <class E>
+constexpr int kRowsInFlight = std::is_same_v<E, Any> ? 1 : 2;
 
 // Which columns of a row are a thread's: kVectors units of kWidth neighbours, `across` units apart,
 // the same of each row. Groups of warps take rows in turn. All but the last unit exist for every
@@ -150,7 +170,8 @@ struct Own {
     last = group < groups && mine + (kVectors - 1) * across < units;
   }
   SRN_DEVICE bool active() const { return group < groups; }
-  SRN_DEVICE bool has(int i) const { return i < kVectors - 1 ? active() : last; }
+  // Of a thread that is active.
+  SRN_DEVICE bool has(int i) const { return i < kVectors - 1 || last; }
   // The i-th unit; one that exists.
   SRN_DEVICE int unit(int i) const {
     return i < kVectors - 1 || last ? mine + i * across : kVectors > 1 ? mine : 0;
@@ -180,13 +201,15 @@ SRN_DEVICE void load_own(const Own<kWidth, kVectors>& own, const A* source, cons
       if (lines) {
         const auto pack = load_lines_shared_by_ctas<Pack<A, kWidth>>(source + at);
 #pragma unroll
-        for (int k = 0; k < kWidth; ++k) to[i][k] = own.has(i) ? pack.x[k] : A(0);
+        for (int k = 0; k < kWidth; ++k) to[i][k] = own.active() && own.has(i) ? pack.x[k] : A(0);
         continue;
       }
     }
 #pragma unroll
     for (int k = 0; k < kWidth; ++k)
-      to[i][k] = own.has(i) ? load_shared_by_ctas(source + (table ? table[at + k] : at + k)) : A(0);
+      to[i][k] = own.active() && own.has(i)
+                     ? load_shared_by_ctas(source + (table ? table[at + k] : at + k))
+                     : A(0);
   }
 }
 
@@ -213,6 +236,15 @@ SRN_DEVICE A* round_u(const Common& c, const Record& r) {
 template <class A>
 SRN_DEVICE A* round_v(const Common& c, const Record& r) {
   return round_u<A>(c, r) + round_up(r.rows, kStatePad);
+}
+
+// The same of the round's v, from a column on.
+template <int kWidth, int kVectors, class A>
+SRN_DEVICE void load_own_of_round(const Common& c, const Record& r,
+                                  const Own<kWidth, kVectors>& own, int column,
+                                  A (&to)[kVectors][kWidth]) {
+  const int32_t* table = column_table(c, r);
+  load_own(own, round_v<A>(c, r) + (table ? 0 : column), table ? table + column : nullptr, to);
 }
 
 // Calls f(element in memory order, row, column in memory order) for a slab of any layout, along

@@ -11,7 +11,7 @@ namespace srn::cuda {
 
 struct ForwardDirection {
   using Pointers = ForwardPointers;
-  static constexpr bool kByPanel = false;
+  static constexpr bool kByPanel = false;  // a slab's rows are needed whole
   SRN_DEVICE static void fetch(const Record& r, const Pointers& p, Barrier* full, char* slot,
                                const Piece& piece, int lane, bool keep) {
     fetch_elements(full, slot, p.weight, r.type, r, piece, lane, keep);
@@ -97,8 +97,7 @@ class Forward {
     block.part[0] = consumer.take(e, k) + shift_of(source);
 #pragma unroll
     for (int i = 1; i < Block<kVectors>::kParts; ++i)
-      block.part[i] = r.row_pieces == 1 ? block.part[0] + i * step
-                                        : consumer.take(e, k + i) + shift_of(source + i * step);
+      block.part[i] = consumer.take(e, k + i) + shift_of(source + i * step);
     return block;
   }
 
@@ -106,7 +105,9 @@ class Forward {
   // pair of barriers between which one warp adds their parts, then the rows' share of t.
   template <class E, int kWidth, int kVectors>
   SRN_DEVICE void staged(const Entry& e, const Record& r, const ForwardPointers& p) {
-    constexpr int kRows = kVectors <= 2 ? 4 : kVectors <= 6 ? 2 : 1;  // at a time
+    constexpr bool kOneRow = Block<kVectors>::kParts > 1;  // in a block
+    constexpr int kRows =                                  // at a time
+        std::is_same_v<E, Any> || kOneRow ? 1 : kVectors <= 2 ? 4 : 2;
     const Own<kWidth, kVectors> own(r, r.columns / kWidth);
     const int size = bytes_of<E>(r.type), group_warps = r.group_warps;
     const int stride = own.groups * r.columns * size;  // from a group's row to its next
@@ -122,17 +123,17 @@ class Forward {
     A* parts = sh.parts + warp;
     A* dots = sh.dots + (own.active() ? own.group : 0) * kChunk;
 
-    double squares[1] = {0};
+    double squares[1] = {0};  // short sums in A, long ones in float64
+    A f = 0;
     const int pieces = pieces_of(r, e.index), begin = e.index * r.slab_rows;
     int next = own.active() ? begin + own.group : r.rows;  // of the group's rows
     for (int piece = 0; piece < pieces; piece += r.row_pieces) {
-      const Piece where = piece_of<false>(r, e.index, piece);
+      const Piece where = piece_of(r, e.index, piece);
       const Block<kVectors> block = take_block<E>(e, r, p, where, piece, own);
-      A f = 0;
       while (next < where.row + where.rows) {
         const int left = (where.row + where.rows - next + own.groups - 1) / own.groups;
-        const int n = left < kChunk ? left : kChunk;
-        const int from = (next - where.row) * r.columns * size;
+        const int n = kOneRow ? 1 : left < kChunk ? left : kChunk;
+        const int from = kOneRow ? 0 : (next - where.row) * r.columns * size;
 #pragma unroll 1
         for (int row = 0; row < n; row += kRows) {
           A dot[kRows];
@@ -190,11 +191,15 @@ class Forward {
         }
         next += n * own.groups;
       }
-      squares[0] += double(f);
+      if constexpr (!kOneRow) {
+        squares[0] += double(f);
+        f = 0;
+      }
       for (int k = 0; k < r.row_pieces; ++k) consumer.give_back(e, piece + k);
     }
 
     const Workspace<A> ws(r, c.scratch);
+    squares[0] += double(f);
     sum_over_consumers(squares, sh.doubles);
     if (tid == 0) finish_slab(e, pieces, ws, squares[0]);
     if (!iterate) return;
@@ -383,11 +388,11 @@ class Forward {
     const A b = A(load_shared_by_ctas(&c.stats[r.stats_row].b));
     if (r.path == kScalars) {
       stage_u(c, r, e.index, b, sh.sums);
-      with_count<1, 3, 6>(r.vectors, [&](auto n) { rescaled<Any, Any, 1, n.kValue>(e, r, p, a); });
+      with_panel_count<Any>(r.vectors, [&](auto n) { rescaled<Any, Any, 1, n.kValue>(e, r, p, a); });
     } else if (r.path == kVectors) {
       stage_u(c, r, e.index, b, sh.sums);
       with_types<A>(r.type, r.other_type, [&](auto type, auto other) {
-        with_count<1, 2, 3, 6, 9>(r.vectors, [&](auto n) {
+        with_panel_count<void>(r.vectors, [&](auto n) {
           rescaled<typename decltype(type)::Type, typename decltype(other)::Type, kVectorWidth<A>,
                    n.kValue>(e, r, p, a);
         });
@@ -405,77 +410,68 @@ class Forward {
     }
   }
 
-  // b u of the slab's rows lies in shared memory, a thread's part of v in registers.
+  // b u of the slab's rows lies in shared memory, a thread's part of v of a panel in registers.
   template <class E, class O, int kWidth, int kVectors>
   SRN_DEVICE void rescaled(const Entry& e, const Record& r, const ForwardPointers& p, A a) {
-    constexpr int kRows = 2;  // in flight
-    const Own<kWidth, kVectors> own(r, r.columns / kWidth);
-    const int columns = r.columns, size = bytes_of<E>(r.type), groups = own.groups;
-    const int begin = e.index * r.slab_rows, other = r.other_type, type = r.type;
+    constexpr int kRows = kRowsInFlight<E>;
+    const int columns = r.columns, type = r.type, other = r.other_type;
+    const int size = bytes_of<E>(type), out_size = bytes_of<O>(other);
+    const int begin = e.index * r.slab_rows;
+    const int pieces = pieces_of(r, e.index), in_panel = pieces / r.row_pieces;
+    const auto* weights = static_cast<const char*>(p.weight);
     char* out = static_cast<char*>(p.out);
-    const int out_size = bytes_of<O>(other);
-    A v[kVectors][kWidth];
-    load_own(own, round_v<A>(c, r), column_table(c, r), v);
-    const int pieces = pieces_of(r, e.index);
-    int next = own.active() ? begin + own.group : r.rows;
-    for (int piece = 0; piece < pieces; piece += r.row_pieces) {
-      const Piece where = piece_of<false>(r, e.index, piece);
-      const int end = where.row + where.rows;
-      const char* source = static_cast<const char*>(p.weight) + int64_t(where.row) * columns * size;
-      const int part_step = kPartVectors * own.across * kWidth;
-      const char* data = nullptr;
-#pragma unroll
-      for (int part = 0; part < Block<kVectors>::kParts; ++part) {
-        // A row that came in parts may have stayed in part.
-        const int k = piece + (r.row_pieces > 1 ? part : 0);
-        const bool fresh = part == 0 || r.row_pieces > 1;
-        const int64_t first = int64_t(part) * part_step;
-        if (!(e.mask >> k & 1)) continue;
-        if (fresh)
-          data = consumer.take(e, k) + shift_of(source + first * size);
-        else
-          data += part_step * size;
-        constexpr int kHere = kVectors - kPartVectors * (Block<kVectors>::kParts - 1);
-        const auto loop = [&](auto count) {
-          constexpr int kCount = decltype(count)::kValue;
+    const A* u = sh.sums;
+    for (int j = 0; j < pieces;) {
+      const int panel_end = j + in_panel;
+      Piece where = piece_of(r, e.index, panel_order(r, pieces, j));
+      const Own<kWidth, kVectors> own(r, where.columns / kWidth);
+      const int groups = own.groups, pitch = where.columns;  // of a piece in its slot
+      A v[kVectors][kWidth];
+      load_own_of_round(c, r, own, where.column, v);
+      int next = own.active() ? begin + own.group : r.rows;
+      for (; j < panel_end; ++j) {
+        const int piece = panel_order(r, pieces, j);
+        where = piece_of(r, e.index, piece);
+        const int end = where.row + where.rows;
+        if (e.mask >> piece & 1) {
+          const int64_t first = int64_t(where.row) * columns + where.column;
+          const char* data = consumer.take(e, piece) + shift_of(weights + first * size);
+          const int step = groups * pitch * size;
+          const int64_t out_step = int64_t(groups) * columns * out_size;
+          data += (next - where.row) * pitch * size;
+          char* to = out + (int64_t(next) * columns + where.column) * out_size;
+          const A* left = u + (next - begin);
 #pragma unroll 1
           for (int row = next; row < end; row += kRows * groups) {
-            A w[kRows][kCount][kWidth];
             const bool more = row + groups < end;
+            A w[kRows][kVectors][kWidth];
 #pragma unroll
             for (int b = 0; b < kRows; ++b) {
-              const int at = b == 0 || more ? row + b * groups : row;
-              const char* from = data + (at - where.row) * columns * size;
-              const A left = sh.sums[at - begin];
+              const char* from = b == 0 || !more ? data : data + step;
+              const A factor = left[b == 0 || !more ? 0 : groups];
 #pragma unroll
-              for (int j = 0; j < kCount; ++j) {
-                const int i = part * kPartVectors + j;
-                load_as<E>(from + own.in_part(i) * kWidth * size, type, 0, w[b][j]);
+              for (int i = 0; i < kVectors; ++i) {
+                load_as<E>(from + own.unit(i) * kWidth * size, type, 0, w[b][i]);
 #pragma unroll
-                for (int x = 0; x < kWidth; ++x) w[b][j][x] = a * w[b][j][x] + left * v[i][x];
+                for (int x = 0; x < kWidth; ++x) w[b][i][x] = a * w[b][i][x] + factor * v[i][x];
               }
             }
 #pragma unroll
             for (int b = 0; b < kRows; ++b) {
-              char* to = out + (int64_t(row + b * groups) * columns + first) * out_size;
 #pragma unroll
-              for (int j = 0; j < kCount; ++j) {
-                const int i = part * kPartVectors + j;
+              for (int i = 0; i < kVectors; ++i)
                 if ((b == 0 || more) && own.has(i))
-                  store_as<O>(to + own.in_part(i) * kWidth * out_size, other, 0, w[b][j]);
-              }
+                  store_as<O>(to + b * out_step + own.unit(i) * kWidth * out_size, other, 0,
+                              w[b][i]);
             }
+            data += kRows * step;
+            to += kRows * out_step;
+            left += kRows * groups;
           }
-        };
-        if constexpr (Block<kVectors>::kParts == 1) {
-          loop(Count<kHere>());
-        } else {
-          static_assert(kHere == kPartVectors);
-          loop(Count<kPartVectors>());
+          consumer.give_back(e, piece);
         }
-        if (part == Block<kVectors>::kParts - 1 || r.row_pieces > 1) consumer.give_back(e, k);
+        while (next < end) next += groups;
       }
-      while (next < end) next += groups;
     }
   }
 };

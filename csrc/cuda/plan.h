@@ -127,11 +127,11 @@ constexpr int kMaxPieces = 32;  // of a tile
 constexpr int kQueue = 4;       // tiles that the producer may be ahead
 constexpr int kChunk = 8;       // rows of a group between two pairs of barriers
 
-// Record::vectors. Only a thread's last vector may lie beyond the row: see Own.
+// Record::vectors. Only a thread's last vector may lie beyond the row: see Own. More than
+// kPartVectors are those of a row that comes in parts of so many.
 constexpr int kVectorCounts[] = {1, 2, 3, 6, 9};
 constexpr int kScalarCounts[] = {1, 3, 6};
-constexpr int kBackwardCounts[] = {1, 2, 3};
-constexpr int kPartVectors = 3;  // a row that no slot holds comes in parts of so many vectors
+constexpr int kPartVectors = 3;
 
 // Elements that are moved together: 16 bytes of what a layer computes in.
 template <class A>

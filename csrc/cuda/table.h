@@ -156,6 +156,8 @@ class Plan : public std::enable_shared_from_this<Plan> {
       const int64_t end = backward ? units - (r.row_pieces - 1) * whole : units;
       require(whole <= r.vectors * across && (r.vectors - 1) * across <= end && end > 0,
               "units that do not suit the threads");
+      require(r.vectors <= kPartVectors || (!backward && r.row_pieces > 1),
+              "more vectors than a panel has");
       require(backward || r.row_pieces == 1 ||
                   (r.row_pieces * kPartVectors == r.vectors && r.row_pieces <= b.stream_slots &&
                    r.piece_columns == kPartVectors * across * width),

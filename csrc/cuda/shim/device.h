@@ -106,6 +106,12 @@ struct float16 {
   uint16_t bits;
 };
 
+inline float float_of_bits(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
+
 template <class E>
 struct Convert;
 template <>
@@ -121,10 +127,7 @@ struct Convert<double> {
 template <>
 struct Convert<bfloat16> {
   static float load(bfloat16 x) {
-    const uint32_t bits = uint32_t(x.bits) << 16;
-    float y;
-    std::memcpy(&y, &bits, 4);
-    return y;
+    return float_of_bits(uint32_t(x.bits) << 16);
   }
   static bfloat16 store(float x) {
     uint32_t bits;

@@ -156,9 +156,7 @@ def plan(key: Sequence[int], machine: Machine) -> Blueprint:
 
 def _vectors(layer: Layer) -> bool:
     """Whether the pair of types is compiled in: others are read by single elements."""
-    if FLOAT64 in (layer.type, layer.other):
-        return layer.type == layer.other
-    return layer.type == layer.other or FLOAT32 in (layer.type, layer.other)
+    return layer.type == layer.other or (layer.type == FLOAT32 and layer.other != FLOAT64)
 
 
 _OPS = {Phase.SLAB: 0, Phase.COLUMNS: 1, Phase.RESCALE: 2}  # as Op in plan.h
@@ -195,7 +193,6 @@ def install(module: ModuleType) -> None:
         consumer_warps=sizes["consumer_warps"],
         vectors=tuple(sizes["vectors"]),
         scalars=tuple(sizes["scalars"]),
-        backward_vectors=tuple(sizes["backward_vectors"]),
         part_vectors=sizes["part_vectors"],
         most_rows=sizes["most_rows"],
         most_slots=sizes["max_slots"],

@@ -35,8 +35,7 @@ class Machine(NamedTuple):
     consumer_warps: int
     vectors: tuple[int, ...]  # that a thread may own: of rows read by vectors
     scalars: tuple[int, ...]  # of rows read by single elements
-    backward_vectors: tuple[int, ...]  # in backward, of either
-    part_vectors: int
+    part_vectors: int  # the most in backward; a row of more comes in parts of so many
     most_rows: int  # of a slab
     most_slots: int
     most_pieces: int
@@ -85,10 +84,10 @@ def _width(piece: Piece, path: int) -> int:
     return 1 if path == SCALARS else 2 if piece.weight_bytes == 8 else 4
 
 
-def _counts(piece: Piece, path: int, machine: Machine) -> tuple[int, ...]:
-    if piece.other_bytes:
-        return machine.backward_vectors
-    return machine.scalars if path == SCALARS else machine.vectors
+def _counts(path: int, machine: Machine, whole: bool) -> list[int]:
+    """Of vectors a thread: for whole rows, and for panels of rows; or for rows that come in parts."""
+    counts = machine.scalars if path == SCALARS else machine.vectors
+    return [n for n in counts if (n <= machine.part_vectors) == whole]
 
 
 def sharings(units: int, last: int, counts: Sequence[int], machine: Machine) -> list[Sharing]:
@@ -121,7 +120,8 @@ def _path(piece: Piece, machine: Machine) -> int:
     if piece.other_bytes:
         return path  # by panels
     units = columns // _width(piece, path)
-    return path if sharings(units, units, _counts(piece, path, machine), machine) else DIRECT
+    counts = _counts(path, machine, True) + _counts(path, machine, False)
+    return path if sharings(units, units, counts, machine) else DIRECT
 
 
 def _direct(layout: Layout) -> Staged:
@@ -131,11 +131,11 @@ def _direct(layout: Layout) -> Staged:
 
 
 def _in_parts(piece: Piece, path: int, room: int, machine: Machine) -> Staged | None:
-    """A row that no slot holds, in forward: as parts that together fill the threads' registers."""
+    """A row that no slot or three vectors a thread hold, in forward: by parts of three vectors."""
     units = piece.layout.columns // _width(piece, path)
-    for vectors, warps in sharings(units, units, _counts(piece, path, machine), machine):
+    for vectors, warps in sharings(units, units, _counts(path, machine, False), machine):
         columns = machine.part_vectors * warps * WARP * _width(piece, path)
-        if vectors > machine.part_vectors and columns * piece.weight_bytes <= room:
+        if columns * piece.weight_bytes <= room:
             parts = vectors // machine.part_vectors
             most = min(machine.most_pieces // parts, machine.most_rows)
             return Staged(path, vectors, warps, 1, parts, columns, 0, 1, most)
@@ -147,7 +147,7 @@ def _panels(piece: Piece, path: int, room: int, machine: Machine) -> tuple[int, 
     width, columns = _width(piece, path), piece.layout.columns
     units = columns // width
     most = room // (width * (piece.weight_bytes + piece.other_bytes))
-    counts = _counts(piece, path, machine)
+    counts = _counts(path, machine, True)
     most = min(most, max(counts) * WARP * machine.consumer_warps)
     n = -(-units // most)
     while True:
@@ -165,10 +165,10 @@ def _staged(piece: Piece, path: int, slot_bytes: int, machine: Machine) -> Stage
     rows, columns = layout.rows, layout.columns
     size = piece.weight_bytes + piece.other_bytes
     room = slot_bytes - LINE * (2 if piece.other_bytes else 1)
-    row_pieces, piece_columns = 1, columns
+    row_pieces, piece_columns, units = 1, columns, columns // _width(piece, path)
     if piece.other_bytes:
         row_pieces, piece_columns = _panels(piece, path, room, machine)
-    elif columns * size > room:
+    elif columns * size > room or not sharings(units, units, _counts(path, machine, True), machine):
         return _in_parts(piece, path, room, machine) or _direct(layout)
     piece_rows = 1 if row_pieces > 1 else min(rows, room // (columns * size))
     most = min(machine.most_pieces // row_pieces * piece_rows, machine.most_rows)
@@ -233,6 +233,6 @@ def settle(staged: Staged, piece: Piece, slab_rows: int, machine: Machine) -> St
     width = _width(piece, staged.path)
     units = staged.piece_columns // width
     last = piece.layout.columns // width - (staged.row_pieces - 1) * units
-    ways = sharings(units, last, _counts(piece, staged.path, machine), machine)
+    ways = sharings(units, last, _counts(staged.path, machine, True), machine)
     way = min(ways, key=lambda way: _cycles(way, slab_rows, rows, machine))
     return staged._replace(vectors=way.vectors, group_warps=way.group_warps, piece_rows=rows)
