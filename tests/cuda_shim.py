@@ -17,6 +17,7 @@ from torch.utils import cpp_extension
 
 from srn_kernels import backends
 from srn_kernels.backends.cuda import planning
+from srn_kernels.backends.tiling import staging
 from srn_kernels.backends.tiling.config import KB, MB, LaunchConfig
 
 ROOT = Path(__file__).parent.parent
@@ -89,6 +90,8 @@ def small_device(device: int, model_bytes: int, backward: bool) -> tuple[LaunchC
 def install(sanitizer: str | None = None) -> ModuleType:
     """Makes the shim the cuda backend of this process, for CPU tensors."""
     backend = backends.load("cuda")
+    # Small slots too: pieces, parts of rows and kept slabs of small models.
+    staging.SLOT_BYTES, staging.IN_FLIGHT = (2 * KB, 5 * KB), 8 * KB
     planning.device_config = small_device
     backend.DEVICES = frozenset({"cpu"})
     backend.install(build(sanitizer))

@@ -149,7 +149,8 @@ class Backward {
     const int size = bytes_of<E>(type), grad_size = bytes_of<O>(other);
     const int begin = e.index * r.slab_rows;
     const int pieces = pieces_of(r, e.index), in_panel = pieces / r.row_pieces;
-    const auto *weights = static_cast<const char*>(p.weight), *grads = static_cast<const char*>(p.grad);
+    const auto *weights = static_cast<const char*>(p.weight),
+               *grads = static_cast<const char*>(p.grad);
     char* out = static_cast<char*>(p.grad_weight);
     for (int j = 0; j < pieces;) {
       const int panel_end = j + in_panel;

@@ -30,9 +30,9 @@ struct Shared {
   double* doubles;  // [4 * kWarps]
   char* slots;
 
-  static constexpr int64_t kBytes =
-      line(sizeof(Control)) + 2 * line(kChunk * kWarps * sizeof(A)) +
-      line(kConsumers * 4 * sizeof(A)) + line(4 * kWarps * sizeof(double));
+  static constexpr int64_t kBytes = line(sizeof(Control)) + 2 * line(kChunk * kWarps * sizeof(A)) +
+                                    line(kConsumers * 4 * sizeof(A)) +
+                                    line(4 * kWarps * sizeof(double));
   SRN_DEVICE static Shared carve(char* at) {
     Shared s;
     s.control = reinterpret_cast<Control*>(at);
@@ -188,7 +188,7 @@ class Producer {
   Control* control;
   char* slots;
   int lane;
-  int entries = 0;                // published so far
+  int entries = 0;  // published so far
   Cursor stream;
   bool wrapped = false;           // whether the stream came round: slots must be waited for
   uint32_t used = 0, parity = 0;  // resident slots: ever filled; parity of their next release

@@ -16,7 +16,12 @@
 
 namespace srn::cuda {
 
-SRN_DEVICE int thread_index() { return int(threadIdx.x); }
+// Asked for anew each time: registers are needed for more.
+SRN_DEVICE int thread_index() {
+  int x;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
+  return x;
+}
 SRN_DEVICE int cta_count() { return int(gridDim.x); }
 SRN_DEVICE char* shared_memory() {
   extern __shared__ __align__(128) char memory[];

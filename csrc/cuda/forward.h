@@ -25,10 +25,7 @@ class Forward {
       : c(common),
         layers(layers),
         sh(Shared<A>::carve(shared_memory())),
-        consumer(c, sh.control, sh.slots),
-        tid(thread_index()),
-        lane(tid % kWarp),
-        warp(tid / kWarp) {}
+        consumer(c, sh.control, sh.slots) {}
 
   SRN_DEVICE void run(const Entry& e) {
     const Record& r = c.records[e.layer];
@@ -59,7 +56,6 @@ class Forward {
   const ForwardPointers* layers;
   const Shared<A> sh;
   Consumer consumer;
-  const int tid, lane, warp;
 
   // Whether v is the stored one, not that of the pass before, which is in memory order.
   SRN_DEVICE bool first_pass(const Record& r) const {
@@ -91,8 +87,7 @@ class Forward {
                                         const Piece& piece, int k,
                                         const Own<kWidth, kVectors>& own) {
     const int size = bytes_of<E>(r.type), step = kPartVectors * own.across * kWidth * size;
-    const char* source =
-        static_cast<const char*>(p.weight) + int64_t(piece.row) * r.columns * size;
+    const char* source = static_cast<const char*>(p.weight) + int64_t(piece.row) * r.columns * size;
     Block<kVectors> block;
     block.part[0] = consumer.take(e, k) + shift_of(source);
 #pragma unroll
@@ -105,21 +100,33 @@ class Forward {
   // pair of barriers between which one warp adds their parts, then the rows' share of t.
   template <class E, int kWidth, int kVectors>
   SRN_DEVICE void staged(const Entry& e, const Record& r, const ForwardPointers& p) {
+    const int lane = thread_index() % kWarp, warp = thread_index() / kWarp;
     constexpr bool kOneRow = Block<kVectors>::kParts > 1;  // in a block
     constexpr int kRows =                                  // at a time
-        std::is_same_v<E, Any> || kOneRow ? 1 : kVectors <= 2 ? 4 : 2;
+        std::is_same_v<E, Any> || kOneRow ? 1
+        : kVectors <= 2                   ? 4
+                                          : 2;
     const Own<kWidth, kVectors> own(r, r.columns / kWidth);
     const int size = bytes_of<E>(r.type), group_warps = r.group_warps;
     const int stride = own.groups * r.columns * size;  // from a group's row to its next
     const bool iterate = r.iterations > 0, first = first_pass(r);
-    A* s_out = Workspace<A>(r, c.scratch).s;
 
     A v[kVectors][kWidth], t[kVectors][kWidth] = {};
     load_own(own, first ? static_cast<const A*>(p.v) : Workspace<A>(r, c.scratch).t,
              first ? column_table(c, r) : nullptr, v);
+    // Where a unit lies in its part; of few the distance from the first is kept.
+    int apart[kVectors];
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) apart[i] = (own.in_part(i) - own.in_part(0)) * kWidth * size;
     const auto load_w = [&](const Block<kVectors>& block, int at, int i, A(&w)[kWidth]) {
-      load_as<E>(block.part[i / kPartVectors] + at + own.in_part(i) * kWidth * size, r.type, 0, w);
+      load_as<E>(kOneRow ? block.part[i / kPartVectors] + own.in_part(i) * kWidth * size
+                         : block.part[0] + at + apart[i],
+                 r.type, 0, w);
+      if constexpr (kOneRow) {  // or too many loads would be in flight for the registers
+        if (i % kPartVectors == kPartVectors - 1) asm volatile("" ::: "memory");
+      }
     };
+    const A end = own.last ? A(kShrinkSq) : A(0);
     A* parts = sh.parts + warp;
     A* dots = sh.dots + (own.active() ? own.group : 0) * kChunk;
 
@@ -133,16 +140,16 @@ class Forward {
       while (next < where.row + where.rows) {
         const int left = (where.row + where.rows - next + own.groups - 1) / own.groups;
         const int n = kOneRow ? 1 : left < kChunk ? left : kChunk;
-        const int from = kOneRow ? 0 : (next - where.row) * r.columns * size;
+        const int from = ((next - where.row) * r.columns + own.in_part(0) * kWidth) * size;
 #pragma unroll 1
         for (int row = 0; row < n; row += kRows) {
           A dot[kRows];
 #pragma unroll
           for (int b = 0; b < kRows; ++b) {
             // Rows beyond the last repeat it, and count for nothing.
-            const bool real = b == 0 || row + b < n;
-            const int at = from + (real ? row + b : row) * stride;
-            const A scale = real ? A(kShrinkSq) : A(0), end_scale = own.last ? scale : A(0);
+            const int at = from + (b == 0 || row + b < n ? row + b : n - 1) * stride;
+            const A scale = b == 0 || row + b < n ? A(kShrinkSq) : A(0);
+            const A end_scale = b == 0 || row + b < n ? end : A(0);
             dot[b] = 0;
 #pragma unroll
             for (int i = 0; i < kVectors; ++i) {
@@ -167,7 +174,7 @@ class Forward {
           for (int i = 0; i < kWarps; ++i) {
             if (i < group_warps && lane < n) dot += parts[lane * kWarps + i];
           }
-          if (lane < n) s_out[next + lane * own.groups] = dot;
+          if (lane < n) Workspace<A>(r, c.scratch).s[next + lane * own.groups] = dot;
           dots[lane] = dot * A(kShrinkSq);
         }
         own.sync(group_warps);
@@ -176,9 +183,8 @@ class Forward {
           for (int row = 0; row < n; row += kRows) {
 #pragma unroll
             for (int b = 0; b < kRows; ++b) {
-              const bool real = b == 0 || row + b < n;
-              const A s = real ? dots[row + b] : A(0);
-              const int at = from + (real ? row + b : row) * stride;
+              const A s = dots[row + b];  // 0 beyond the last row
+              const int at = from + (b == 0 || row + b < n ? row + b : n - 1) * stride;
 #pragma unroll
               for (int i = 0; i < kVectors; ++i) {
                 A w[kWidth];
@@ -199,6 +205,7 @@ class Forward {
     }
 
     const Workspace<A> ws(r, c.scratch);
+    const int tid = thread_index();
     squares[0] += double(f);
     sum_over_consumers(squares, sh.doubles);
     if (tid == 0) finish_slab(e, pieces, ws, squares[0]);
@@ -237,6 +244,7 @@ class Forward {
   // Any layout and width: the slab is read from memory for s, and again from L2 for t.
   SRN_DEVICE void direct(const Entry& e, const Record& r, const ForwardPointers& p,
                          const Workspace<A>& ws, bool first) {
+    const int tid = thread_index(), lane = tid % kWarp, warp = tid / kWarp;
     const int begin = e.index * r.slab_rows, n = slab_rows(r, e.index);
     double squares[1] = {0};
     if (r.inner >= kWarp || n * r.inner > kConsumers) {
@@ -302,6 +310,7 @@ class Forward {
   SRN_DEVICE void add_shares(const Record& r, const Workspace<A>& ws, int begin, int end) {
     constexpr int kDown = kWarps % 5 == 0 ? 5 : 2, kAcross = kConsumers / kDown;
     if (end > r.columns) end = r.columns;
+    const int tid = thread_index();
     const int down = tid / kAcross, across = tid % kAcross;
     for (int from = begin; from < end; from += kAcross) {
       const int j = from + across;
@@ -326,6 +335,7 @@ class Forward {
   SRN_DEVICE void finish_pass(const Record& r, const ForwardPointers& p, const Workspace<A>& ws,
                               bool last) {
     const bool iterate = r.iterations > 0;
+    const int tid = thread_index();
     A* u_state = static_cast<A*>(p.u);
     A* v_state = static_cast<A*>(p.v);
     // Training: u ~ s, v ~ t, sigma = |t| / |s|. Evaluation: u and v as stored, sigma = u^T s.
@@ -388,7 +398,8 @@ class Forward {
     const A b = A(load_shared_by_ctas(&c.stats[r.stats_row].b));
     if (r.path == kScalars) {
       stage_u(c, r, e.index, b, sh.sums);
-      with_panel_count<Any>(r.vectors, [&](auto n) { rescaled<Any, Any, 1, n.kValue>(e, r, p, a); });
+      with_panel_count<Any>(r.vectors,
+                            [&](auto n) { rescaled<Any, Any, 1, n.kValue>(e, r, p, a); });
     } else if (r.path == kVectors) {
       stage_u(c, r, e.index, b, sh.sums);
       with_types<A>(r.type, r.other_type, [&](auto type, auto other) {

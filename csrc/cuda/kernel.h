@@ -60,8 +60,9 @@ void launch(void (*kernel)(Parameters<Pointers, kCapacity>), const Common& commo
   // Costs less than remembering for which device it was set.
   check(
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes)));
-  kernel<<<ctas, kThreads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(parameters);
-  check(cudaGetLastError());
+  void* arguments[] = {&parameters};
+  check(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(ctas), dim3(kThreads),
+                         arguments, size_t(shared_bytes), static_cast<cudaStream_t>(stream)));
 #endif
 }
 

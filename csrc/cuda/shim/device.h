@@ -126,9 +126,7 @@ struct Convert<double> {
 };
 template <>
 struct Convert<bfloat16> {
-  static float load(bfloat16 x) {
-    return float_of_bits(uint32_t(x.bits) << 16);
-  }
+  static float load(bfloat16 x) { return float_of_bits(uint32_t(x.bits) << 16); }
   static bfloat16 store(float x) {
     uint32_t bits;
     std::memcpy(&bits, &x, 4);

@@ -129,7 +129,7 @@ def summary(found: Sequence[Loop]) -> list[tuple[str, list[str]]]:
         loads = max(loop.global_loads / loop.units for loop in same)
         text = (
             f"{kernel}: {phase} of {types}, {min(each):.1f} to {max(each):.1f} instructions and "
-            f"{loads:.1f} global loads a unit, at most {LIMITS[phase]:g}"
+            f"{loads:.1f} global loads a unit, aim {LIMITS[phase]:g}, at most {same[0].limit:g}"
         )
         lines.append((text, sorted({fault for loop in same for fault in loop.faults})))
     return lines
