@@ -10,6 +10,9 @@
 #include <vector>
 
 #include "table.h"
+#ifdef SRN_SHIM
+#include "shim/runtime.h"
+#endif
 
 namespace srn::cuda {
 namespace {
@@ -36,9 +39,11 @@ Type type_of(const at::Tensor& t, const char* name) {
 }
 
 void check_place(const at::Tensor& t, const at::Tensor& first, const char* name) {
-  TORCH_CHECK_VALUE(serves(t.is_cuda()) && t.device() == first.device(),
-                    "srn_kernels: the cuda backend got ", name, " on ", t.device(), ", expected ",
+  TORCH_CHECK_VALUE(serves(first.is_cuda()),
+                    "srn_kernels: the cuda backend serves weights on a GPU, got one on ",
                     first.device());
+  TORCH_CHECK_VALUE(t.device() == first.device(), "srn_kernels: the cuda backend got ", name,
+                    " on ", t.device(), ", expected ", first.device(), " as the first weight");
 }
 
 void check_vector(const at::Tensor& t, const char* name, int64_t size, at::ScalarType type,
@@ -87,33 +92,45 @@ class Plans {
     planner = std::move(function);
     clear();
   }
-  // A graph that was captured still needs its plans.
-  void clear() {
-    for (auto it = plans.begin(); it != plans.end();)
-      it = it->second->in_a_graph() ? std::next(it) : plans.erase(it);
-  }
+  void clear() { plans.clear(); }  // graphs keep theirs
   size_t size() const { return plans.size(); }
   bool counters_are_clean() const {
     return std::all_of(plans.begin(), plans.end(),
-                       [](const auto& p) { return p.second->counters_are_clean(); });
+                       [](const auto& p) { return p.second.plan->counters_are_clean(); });
   }
 
   // `key` holds [device, backward, float64] and then the layers. The caller holds the GIL.
   std::shared_ptr<Plan> find(const Key& key) {
-    const auto found = plans.find(key);
-    if (found != plans.end()) return found->second;
-    TORCH_CHECK(!planner.is_none(), "srn_kernels: the cuda backend has no planner");
-    if (plans.size() >= kMostPlans) clear();  // models come and go
-    auto plan =
-        std::make_shared<Plan>(blueprint(planner(key)), int(key[0]), key[1] != 0, key[2] != 0);
-    plans.emplace(key, plan);
-    return plan;
+    Plan::sweep();
+    auto found = plans.find(key);
+    if (found == plans.end()) {
+      TORCH_CHECK(!planner.is_none(), "srn_kernels: the cuda backend has no planner");
+      const auto plan =
+          std::make_shared<Plan>(blueprint(planner(key)), int(key[0]), key[1] != 0, key[2] != 0);
+      // Python may have let another thread make the same plan meanwhile: that one stays.
+      found = plans.emplace(key, Kept{plan, 0}).first;
+      found->second.used = ++calls;
+      if (plans.size() > kMostPlans) plans.erase(oldest());  // models come and go
+    }
+    found->second.used = ++calls;
+    return found->second.plan;
   }
 
  private:
+  struct Kept {
+    std::shared_ptr<Plan> plan;
+    uint64_t used;  // by which call last
+  };
   static constexpr size_t kMostPlans = 256;
   py::object planner = py::none();
-  std::unordered_map<Key, std::shared_ptr<Plan>, KeyHash> plans;
+  std::unordered_map<Key, Kept, KeyHash> plans;
+  uint64_t calls = 0;
+
+  std::unordered_map<Key, Kept, KeyHash>::const_iterator oldest() const {
+    return std::min_element(plans.begin(), plans.end(), [](const auto& a, const auto& b) {
+      return a.second.used < b.second.used;
+    });
+  }
 
   template <class T>
   static std::vector<T> unpacked(const py::handle& bytes) {
@@ -131,7 +148,6 @@ class Plans {
     b.slot_bytes = py::cast<int>(made.attr("slot_bytes"));
     b.stream_slots = py::cast<int>(made.attr("stream_slots"));
     b.resident_slots = py::cast<int>(made.attr("resident_slots"));
-    b.v_bytes = py::cast<int>(made.attr("v_bytes"));
     b.ctas = py::cast<int>(made.attr("ctas"));
     return b;
   }
@@ -165,6 +181,7 @@ void run(const Tensors& weights, const at::Tensor& round_state, const at::Tensor
   void* stream = current_stream(device);
   const int64_t n = int64_t(weights.size());
   const bool float64 = weights[0].scalar_type() == at::kDouble;
+  if (float64) capacity = std::min<int64_t>(capacity, kSmall<Pointers>);  // see kernels.cu
   Key key;
   key.reserve(3 + 16 * size_t(std::min(n, capacity)));
   for (int64_t begin = 0; begin < n; begin += capacity) {
@@ -178,9 +195,9 @@ void run(const Tensors& weights, const at::Tensor& round_state, const at::Tensor
     common.scratch = line_start(scratch);
     common.round_state = round_state.data_ptr();
     common.stats = reinterpret_cast<LayerStats*>(stats.data_ptr());
+    ++launches;
     const py::gil_scoped_release no_gil;
     launch(common, pointers.data() + begin, plan->float64, plan->ctas, stream);
-    ++launches;
   }
 }
 
@@ -307,15 +324,22 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     d["small_forward"] = int(kSmall<ForwardPointers>);
     d["small_backward"] = int(kSmall<BackwardPointers>);
     d["consumer_warps"] = kWarps;
-    d["few_vectors"] = kFewVectors;
-    d["many_vectors"] = kManyVectors;
-    d["scalar_vectors"] = kScalarVectors;
+    d["vectors"] = std::vector<int>(std::begin(kVectorCounts), std::end(kVectorCounts));
+    d["scalars"] = std::vector<int>(std::begin(kScalarCounts), std::end(kScalarCounts));
+    d["part_vectors"] = kPartVectors;
+    d["most_rows"] = kConsumers * 4;
     d["max_slots"] = kMaxSlots;
     d["max_pieces"] = kMaxPieces;
     return d;
   });
+  m.def("unloadable", &unloadable);
 #ifdef SRN_SHIM
   m.def("counters_are_clean", [] { return plans().counters_are_clean(); });
+  m.def("allocations", [] { return Plan::sweep(), shim::allocations(); });
+  m.def("fail_uploads", &shim::fail_uploads);
+  m.def("set_stream", &shim::set_stream);
+  m.def("set_capturing", &shim::set_capturing);
+  m.def("destroy_graphs", &shim::destroy_graphs);
 #endif
 }
 

@@ -18,35 +18,34 @@ struct Control {
   Entry queue[kQueue];
   ResidentSlab resident[kMaxSlots];  // the producer's; a ring
   int32_t before;                    // arrivals before this CTA's
-  int32_t streamed[kWarps];          // of each consumer warp: pieces taken from the stream
-  uint32_t parity[kWarps];           // and which fill of each resident slot comes next
+  uint32_t parity[kWarps];           // of each consumer warp: which fill of a resident slot is next
 };
 
 template <class A>
 struct Shared {
   Control* control;
-  A* parts;         // [2][8][kWarps]: shares of a few rows' dot products, by warp
-  A* sums;          // [kConsumers * 4]
+  A* parts;         // [kChunk][kWarps]: warps' shares of a few rows' dot products
+  A* dots;          // [kWarps][kChunk]: the dot products of each group's rows
+  A* sums;          // [kConsumers * 4]: of slabs; u of the rows of a tile
   double* doubles;  // [4 * kWarps]
-  A* v;             // [v_bytes]: for rows too wide for registers
   char* slots;
 
-  static constexpr int kPartRows = 8;
-  static constexpr int64_t kBytes =
-      line(sizeof(Control)) + line(2 * kPartRows * kWarps * sizeof(A)) +
-      line(kConsumers * 4 * sizeof(A)) + line(4 * kWarps * sizeof(double));
-  SRN_DEVICE static Shared carve(const Common& c, char* at) {
+  static constexpr int64_t kBytes = line(sizeof(Control)) + 2 * line(kChunk * kWarps * sizeof(A)) +
+                                    line(kConsumers * 4 * sizeof(A)) +
+                                    line(4 * kWarps * sizeof(double));
+  SRN_DEVICE static Shared carve(char* at) {
     Shared s;
     s.control = reinterpret_cast<Control*>(at);
     at += line(sizeof(Control));
     s.parts = reinterpret_cast<A*>(at);
-    at += line(2 * kPartRows * kWarps * sizeof(A));
+    at += line(kChunk * kWarps * sizeof(A));
+    s.dots = reinterpret_cast<A*>(at);
+    at += line(kChunk * kWarps * sizeof(A));
     s.sums = reinterpret_cast<A*>(at);
     at += line(kConsumers * 4 * sizeof(A));
     s.doubles = reinterpret_cast<double*>(at);
     at += line(4 * kWarps * sizeof(double));
-    s.v = reinterpret_cast<A*>(at);
-    s.slots = at + c.v_bytes;
+    s.slots = at;
     return s;
   }
 };
@@ -81,15 +80,38 @@ SRN_DEVICE int pieces_of(const Record& r, int index) {
 }
 
 SRN_DEVICE Piece piece_of(const Record& r, int index, int k) {
-  const int block = r.row_pieces == 1 ? k : k / r.row_pieces, first = block * r.piece_rows;
-  const int left = slab_rows(r, index) - first;
+  int block = k, part = 0;
+  if (r.row_pieces > 1) {
+    block = k / r.row_pieces;
+    part = k - block * r.row_pieces;
+  }
+  const int first = block * r.piece_rows, left = slab_rows(r, index) - first;
   Piece p;
   p.row = index * r.slab_rows + first;
   p.rows = left < r.piece_rows ? left : r.piece_rows;
-  p.column = (k - block * r.row_pieces) * r.piece_columns;
+  p.column = part * r.piece_columns;
   p.columns = r.columns - p.column < r.piece_columns ? r.columns - p.column : r.piece_columns;
   return p;
 }
+
+// The j-th piece that is worked on. Where rows come in parts and nothing needs all of a row at a
+// time, panel by panel: a thread's part of v changes rarely then.
+SRN_DEVICE int panel_order(const Record& r, int pieces, int j) {
+  if (r.row_pieces == 1) return j;
+  const int rows = pieces / r.row_pieces, part = j / rows;
+  return (j - part * rows) * r.row_pieces + part;
+}
+
+// The slots of the stream in turn, and which fill of a slot it is: no division.
+struct Cursor {
+  uint32_t at = 0;  // the slot, and above it the parity of the fill
+  SRN_DEVICE int slot() const { return int(at & 0xffff); }
+  SRN_DEVICE uint32_t parity() const { return at >> 16; }
+  SRN_DEVICE void advance(const Common& c) {
+    ++at;
+    if (slot() == c.stream_slots) at = (at & 0x10000) ^ 0x10000;
+  }
+};
 
 // The pieces of an entry that stay in shared memory.
 SRN_DEVICE uint32_t kept_of(const Entry& e, int pieces) {
@@ -166,8 +188,9 @@ class Producer {
   Control* control;
   char* slots;
   int lane;
-  int entries = 0;                // published so far
-  int streamed = 0;               // pieces that went through the stream's slots
+  int entries = 0;  // published so far
+  Cursor stream;
+  bool wrapped = false;           // whether the stream came round: slots must be waited for
   uint32_t used = 0, parity = 0;  // resident slots: ever filled; parity of their next release
   int first_resident = 0, residents = 0;
 
@@ -290,7 +313,9 @@ class Producer {
     if (!early) publish();
     bool waiting = early;
     const bool keep = slab && tile.index >= r.first_protected;
-    for (int k = 0; k < pieces; ++k) {
+    const bool by_panel = Direction::kByPanel || !slab;
+    for (int j = 0; j < pieces; ++j) {
+      const int k = by_panel ? panel_order(r, pieces, j) : j;
       if (!(mask >> k & 1)) continue;
       int slot;
       if (kept >> k & 1) {
@@ -298,14 +323,14 @@ class Producer {
         used |= 1u << (slot - c.stream_slots);
       } else {
         // Before a slot is waited for, what may free it must have been handed over.
-        if (waiting && streamed >= c.stream_slots) {
+        if (waiting && wrapped) {
           await_published(tile);
           waiting = false;
         }
-        slot = streamed % c.stream_slots;
-        if (streamed >= c.stream_slots)
-          wait(&control->empty[slot], uint32_t(streamed / c.stream_slots - 1) & 1);
-        ++streamed;
+        slot = stream.slot();
+        if (wrapped) wait(&control->empty[slot], stream.parity() ^ 1);
+        stream.advance(c);
+        wrapped |= stream.slot() == 0;
       }
       sync_warp();
       Barrier* full = &control->full[slot];
@@ -329,16 +354,12 @@ class Producer {
   }
 };
 
-// Consumer side: the entries and pieces that the producer hands over. What has been taken is kept
-// in shared memory, by warp.
+// Consumer side: the entries and pieces that the producer hands over. Pieces are taken, and given
+// back, in order.
 class Consumer {
  public:
   SRN_DEVICE Consumer(const Common& common, Control* control, char* slots)
-      : c(common),
-        control(control),
-        slots(slots),
-        lane(thread_index() % kWarp),
-        warp(thread_index() / kWarp) {}
+      : c(common), control(control), slots(slots) {}
 
   // The n-th entry.
   SRN_DEVICE const Entry& entry(int n) {
@@ -347,36 +368,38 @@ class Consumer {
   }
   SRN_DEVICE void finished(int n) {
     sync_warp();
-    if (lane == 0) arrive(&control->entry_empty[n % kQueue]);
+    if (thread_index() % kWarp == 0) arrive(&control->entry_empty[n % kQueue]);
   }
 
-  // The slot of an entry's piece, its copies complete. Pieces are taken in order.
+  // The slot of an entry's piece, its copies complete.
   SRN_DEVICE const char* take(const Entry& e, int k) {
     int slot = e.where[k];
-    if (e.op == kResident) return slots + int64_t(slot) * c.slot_bytes;
+    if (e.op == kResident) return slots + slot * c.slot_bytes;
     uint32_t parity;
     if (slot < 0) {
-      const int n = control->streamed[warp];
-      slot = n % c.stream_slots;
-      parity = uint32_t(n / c.stream_slots) & 1;
+      slot = taken.slot();
+      parity = taken.parity();
+      taken.advance(c);
     } else {
-      parity = control->parity[warp] >> (slot - c.stream_slots) & 1;
+      parity = control->parity[thread_index() / kWarp] >> (slot - c.stream_slots) & 1;
     }
     wait(&control->full[slot], parity);
-    return slots + int64_t(slot) * c.slot_bytes;
+    return slots + slot * c.slot_bytes;
   }
   // This warp is done with a piece; the last warp frees its slot. A slab's resident pieces stay.
   SRN_DEVICE void give_back(const Entry& e, int k) {
     int slot = e.where[k];
     const bool stays = e.op != kResident && slot >= 0;
+    if (slot < 0) {
+      slot = given.slot();
+      given.advance(c);
+    }
     sync_warp();
-    if (lane == 0) {
-      if (stays) {
-        control->parity[warp] ^= 1u << (slot - c.stream_slots);
-      } else {
-        if (slot < 0) slot = control->streamed[warp]++ % c.stream_slots;
+    if (thread_index() % kWarp == 0) {
+      if (stays)
+        control->parity[thread_index() / kWarp] ^= 1u << (slot - c.stream_slots);
+      else
         arrive(&control->empty[slot]);
-      }
     }
     sync_warp();
   }
@@ -385,11 +408,10 @@ class Consumer {
   const Common& c;
   Control* control;
   char* slots;
-  const int lane, warp;
+  Cursor taken, given;
 };
 
 SRN_DEVICE void set_up_barriers(const Common& c, Control* control) {
-  if (thread_index() < kWarps) control->streamed[thread_index()] = 0;
   if (thread_index() < kWarps) control->parity[thread_index()] = 0;
   if (thread_index() == 0) {
     for (int i = 0; i < c.stream_slots + c.resident_slots; ++i) {
@@ -424,7 +446,7 @@ SRN_DEVICE int arrive_at(const Common& c, Control* control, int layer) {
   return control->before;
 }
 
-// Sums over the consumers, in an order that depends on nothing but their number. All get it.
+// Sums over the consumers, in an order that depends on nothing but their number. Thread 0 gets it.
 template <int N>
 SRN_DEVICE void sum_over_consumers(double (&x)[N], double* shared) {
   const int tid = thread_index();
@@ -435,12 +457,23 @@ SRN_DEVICE void sum_over_consumers(double (&x)[N], double* shared) {
     if (tid % kWarp == 0) shared[i * kWarps + tid / kWarp] = sum;
   }
   sync_consumers();
+  if (tid >= kWarp) return;
 #pragma unroll
-  for (int i = 0; i < N; ++i) {
-    x[i] = 0;
-#pragma unroll 1
-    for (int w = 0; w < kWarps; ++w) x[i] += shared[i * kWarps + w];
+  for (int i = 0; i < N; ++i) x[i] = warp_sum(tid < kWarps ? shared[i * kWarps + tid] : 0.0);
+}
+
+// All get it.
+template <int N>
+SRN_DEVICE void sum_for_consumers(double (&x)[N], double* shared) {
+  sum_over_consumers(x, shared);
+  sync_consumers();
+  if (thread_index() == 0) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) shared[i] = x[i];
   }
+  sync_consumers();
+#pragma unroll
+  for (int i = 0; i < N; ++i) x[i] = shared[i];
 }
 
 }  // namespace srn::cuda

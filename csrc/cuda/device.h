@@ -16,7 +16,12 @@
 
 namespace srn::cuda {
 
-SRN_DEVICE int thread_index() { return int(threadIdx.x); }
+// Asked for anew each time: registers are needed for more.
+SRN_DEVICE int thread_index() {
+  int x;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
+  return x;
+}
 SRN_DEVICE int cta_count() { return int(gridDim.x); }
 SRN_DEVICE char* shared_memory() {
   extern __shared__ __align__(128) char memory[];
@@ -25,6 +30,10 @@ SRN_DEVICE char* shared_memory() {
 
 SRN_DEVICE void sync_all() { __syncthreads(); }
 SRN_DEVICE void sync_consumers() { asm volatile("bar.sync 1, %0;" ::"n"(kConsumers) : "memory"); }
+// A group of warps that share a row; groups count from 0.
+SRN_DEVICE void sync_group(int group, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(group + 2), "r"(threads) : "memory");
+}
 SRN_DEVICE void sync_warp() { __syncwarp(); }
 SRN_DEVICE int from_leader(int x) { return __shfl_sync(~0u, x, 0); }
 template <class T>
@@ -32,6 +41,29 @@ SRN_DEVICE T warp_sum(T x) {
 #pragma unroll
   for (int m = kWarp / 2; m > 0; m /= 2) x += __shfl_xor_sync(~0u, x, m);
   return x;
+}
+
+// The sums of N values over a warp, N = 1, 2 or 4: each lane gets the one of lane / (32 / N). Lanes
+// that need not know a value any more take part in another's sum.
+template <int N, class T>
+SRN_DEVICE T warp_sums(T (&x)[N]) {
+  static_assert(N == 1 || N == 2 || N == 4);
+  const int lane = thread_index() % kWarp;
+  if constexpr (N == 4) {
+    const bool upper = lane & 16;
+    T pair[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+      pair[i] = (upper ? x[2 + i] : x[i]) + __shfl_xor_sync(~0u, upper ? x[i] : x[2 + i], 16);
+    const bool odd = lane & 8;
+    x[0] = (odd ? pair[1] : pair[0]) + __shfl_xor_sync(~0u, odd ? pair[0] : pair[1], 8);
+  } else if constexpr (N == 2) {
+    const bool upper = lane & 16;
+    x[0] = (upper ? x[1] : x[0]) + __shfl_xor_sync(~0u, upper ? x[0] : x[1], 16);
+  }
+#pragma unroll
+  for (int m = kWarp / N / 2; m > 0; m /= 2) x[0] += __shfl_xor_sync(~0u, x[0], m);
+  return x[0];
 }
 
 // Counters in global memory.
@@ -150,9 +182,19 @@ SRN_DEVICE void fetch_started(Barrier* full) {
   arrive(full);
 }
 
+// 16 bytes that another CTA may have written.
+template <class P>
+SRN_DEVICE P load_lines_shared_by_ctas(const void* p) {
+  static_assert(sizeof(P) == 16);
+  const uint4 raw = __ldcg(static_cast<const uint4*>(p));
+  return *reinterpret_cast<const P*>(&raw);
+}
+
 // Stores that nobody reads soon.
 SRN_DEVICE void store_last(float4* p, float4 x) { __stcs(p, x); }
 SRN_DEVICE void store_last(uint2* p, uint2 x) { __stcs(p, x); }
+
+SRN_DEVICE float float_of_bits(uint32_t bits) { return __uint_as_float(bits); }
 
 template <class E>
 struct Convert;

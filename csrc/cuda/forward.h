@@ -11,6 +11,7 @@ namespace srn::cuda {
 
 struct ForwardDirection {
   using Pointers = ForwardPointers;
+  static constexpr bool kByPanel = false;  // a slab's rows are needed whole
   SRN_DEVICE static void fetch(const Record& r, const Pointers& p, Barrier* full, char* slot,
                                const Piece& piece, int lane, bool keep) {
     fetch_elements(full, slot, p.weight, r.type, r, piece, lane, keep);
@@ -18,25 +19,13 @@ struct ForwardDirection {
 };
 
 template <class A>
-class Forward;
-
-// One staged slab; see Forward::staged.
-template <class A, class E, int kWidth, int kVectors>
-SRN_DEVICE void staged_slab(const Common* c, const ForwardPointers* layers, const Entry* e) {
-  Forward<A>(*c, layers).template staged<E, kWidth, kVectors>(*e);
-}
-
-template <class A>
 class Forward {
  public:
   SRN_DEVICE Forward(const Common& common, const ForwardPointers* layers)
       : c(common),
         layers(layers),
-        sh(Shared<A>::carve(c, shared_memory())),
-        consumer(c, sh.control, sh.slots),
-        tid(thread_index()),
-        lane(tid % kWarp),
-        warp(tid / kWarp) {}
+        sh(Shared<A>::carve(shared_memory())),
+        consumer(c, sh.control, sh.slots) {}
 
   SRN_DEVICE void run(const Entry& e) {
     const Record& r = c.records[e.layer];
@@ -67,7 +56,6 @@ class Forward {
   const ForwardPointers* layers;
   const Shared<A> sh;
   Consumer consumer;
-  const int tid, lane, warp;
 
   // Whether v is the stored one, not that of the pass before, which is in memory order.
   SRN_DEVICE bool first_pass(const Record& r) const {
@@ -75,165 +63,178 @@ class Forward {
   }
 
   SRN_DEVICE void slab(const Entry& e, const Record& r, const ForwardPointers& p) {
-    if constexpr (sizeof(A) == 4) {
-      if (r.path == kScalars) return staged_slab<A, Any, 1, kScalarVectors>(&c, layers, &e);
-      if (r.path == kVectors) {
-        if (r.type == kFloat32) return staged_as<float>(e, r);
-        if (r.type == kBFloat16) return staged_as<bfloat16>(e, r);
-        return staged_as<float16>(e, r);
-      }
-    }
-    direct(e, r, p, Workspace<A>(r, c.scratch), first_pass(r));
-  }
-
-  template <class E>
-  SRN_DEVICE void staged_as(const Entry& e, const Record& r) {
-    if (r.vectors == kFewVectors) return staged_slab<A, E, 4, kFewVectors>(&c, layers, &e);
-    staged_slab<A, E, 4, kManyVectors>(&c, layers, &e);
-  }
-
- public:
-  // Groups of warps take a row each; a thread has kVectors vectors of kWidth columns of it, and
-  // keeps their v and t in registers.
-  template <class E, int kWidth, int kVectors>
-  SRN_DEVICE void staged(const Entry& e) {
-    const Record& r = c.records[e.layer];
-    const ForwardPointers& p = layers[e.layer];
-    const Workspace<A> ws(r, c.scratch);
-    const bool first = first_pass(r);
-    constexpr int kBatch = kVectors == kFewVectors ? 4
-                           : kVectors == kScalarVectors
-                               ? 2
-                               : 1;  // rows of a group between two barriers
-    const int columns = r.columns, units = columns / kWidth;
-    const int group_warps = r.group_warps, groups = kWarps / group_warps;
-    const int group = warp / group_warps, across = group_warps * kWarp;
-    const int mine = group < groups ? tid - group * across : units;
-    const bool iterate = r.iterations > 0;
-
-    // Few vectors of v stay in registers, many in shared memory.
-    constexpr bool kInRegisters = kVectors != kManyVectors;
-    A v[kInRegisters ? kVectors : 1][kWidth], t[kVectors][kWidth] = {};
-    const A* source = first ? static_cast<const A*>(p.v) : ws.t;
-    const int32_t* table = first && r.column_of >= 0 ? c.columns + r.column_of : nullptr;
-    const auto v_at = [&](int j) { return load_shared_by_ctas(source + (table ? table[j] : j)); };
-    if constexpr (kInRegisters) {
-#pragma unroll
-      for (int i = 0; i < kVectors; ++i) {
-        const int unit = mine + i * across;
-#pragma unroll
-        for (int k = 0; k < kWidth; ++k) v[i][k] = unit < units ? v_at(unit * kWidth + k) : A(0);
-      }
+    if (r.path == kScalars) {
+      with_count<1, 3, 6>(r.vectors, [&](auto n) { staged<Any, 1, n.kValue>(e, r, p); });
+    } else if (r.path == kVectors) {
+      with_type<A>(r.type, [&](auto type) {
+        with_count<1, 2, 3, 6, 9>(r.vectors, [&](auto n) {
+          staged<typename decltype(type)::Type, kVectorWidth<A>, n.kValue>(e, r, p);
+        });
+      });
     } else {
-#pragma unroll 4
-      for (int j = tid; j < columns; j += kConsumers) sh.v[j] = v_at(j);
-      sync_consumers();
+      direct(e, r, p, Workspace<A>(r, c.scratch), first_pass(r));
     }
+  }
 
-    double squares[1] = {0};
-    int turn = 0;
-    const int pieces = pieces_of(r, e.index);
-    for (int piece = 0; piece < pieces; ++piece) {
-      const Piece part = piece_of(r, e.index, piece);
-      const char* begin =
-          static_cast<const char*>(p.weight) + int64_t(part.row) * columns * element_bytes(r.type);
-      const char* data = consumer.take(e, piece) + shift_of(begin);
-      A f = 0;
-      for (int from = 0; from < part.rows; from += groups * kBatch) {
-        A dot[kBatch];
+  // A block is a piece, or a row that came in parts: where its parts start, seen from the slots.
+  template <int kVectors>
+  struct Block {
+    static constexpr int kParts = (kVectors + kPartVectors - 1) / kPartVectors;
+    const char* part[kParts];
+  };
+  template <class E, int kWidth, int kVectors>
+  SRN_DEVICE Block<kVectors> take_block(const Entry& e, const Record& r, const ForwardPointers& p,
+                                        const Piece& piece, int k,
+                                        const Own<kWidth, kVectors>& own) {
+    const int size = bytes_of<E>(r.type), step = kPartVectors * own.across * kWidth * size;
+    const char* source = static_cast<const char*>(p.weight) + int64_t(piece.row) * r.columns * size;
+    Block<kVectors> block;
+    block.part[0] = consumer.take(e, k) + shift_of(source);
 #pragma unroll
-        for (int b = 0; b < kBatch; ++b) {
-          dot[b] = 0;
-          const int row = from + b * groups + group;
-          if (row >= part.rows) continue;
+    for (int i = 1; i < Block<kVectors>::kParts; ++i)
+      block.part[i] = consumer.take(e, k + i) + shift_of(source + i * step);
+    return block;
+  }
+
+  // Groups of warps take a row each. First all dot products of a few rows of each group, then a
+  // pair of barriers between which one warp adds their parts, then the rows' share of t.
+  template <class E, int kWidth, int kVectors>
+  SRN_DEVICE void staged(const Entry& e, const Record& r, const ForwardPointers& p) {
+    const int lane = thread_index() % kWarp, warp = thread_index() / kWarp;
+    constexpr bool kOneRow = Block<kVectors>::kParts > 1;  // in a block
+    constexpr int kRows =                                  // at a time
+        std::is_same_v<E, Any> || kOneRow ? 1
+        : kVectors <= 2                   ? 4
+                                          : 2;
+    const Own<kWidth, kVectors> own(r, r.columns / kWidth);
+    const int size = bytes_of<E>(r.type), group_warps = r.group_warps;
+    const int stride = own.groups * r.columns * size;  // from a group's row to its next
+    const bool iterate = r.iterations > 0, first = first_pass(r);
+
+    A v[kVectors][kWidth], t[kVectors][kWidth] = {};
+    load_own(own, first ? static_cast<const A*>(p.v) : Workspace<A>(r, c.scratch).t,
+             first ? column_table(c, r) : nullptr, v);
+    // Where a unit lies in its part; of few the distance from the first is kept.
+    int apart[kVectors];
 #pragma unroll
-          for (int i = 0; i < kVectors; ++i) {
-            const int unit = mine + i * across;
-            if (unit >= units) continue;
-            A w[kWidth];
-            load_as<E>(data, r.type, row * columns + unit * kWidth, w);
-            A x[kWidth];
-            if constexpr (kInRegisters) {
-#pragma unroll
-              for (int k = 0; k < kWidth; ++k) x[k] = v[i][k];
-            } else {
-              load<A>(sh.v, unit * kWidth, x);
-            }
-#pragma unroll
-            for (int k = 0; k < kWidth; ++k) {
-              dot[b] += w[k] * x[k];
-              const A small = w[k] * A(kShrink);
-              f += small * small;
-            }
-          }
-        }
-#pragma unroll
-        for (int b = 0; b < kBatch; ++b) dot[b] = warp_sum(dot[b]);
-        if (group_warps > 1) {
-          A* parts = sh.parts + turn * Shared<A>::kPartRows * kWarps;
-          if (lane == 0) {
-#pragma unroll
-            for (int b = 0; b < kBatch; ++b) parts[b * kWarps + warp] = dot[b];
-          }
-          sync_consumers();
-          turn ^= 1;  // the next batch writes elsewhere: no second barrier
-          if (group < groups) {
-#pragma unroll
-            for (int b = 0; b < kBatch; ++b) {
-              dot[b] = 0;
-#pragma unroll 2
-              for (int i = 0; i < group_warps; ++i)
-                dot[b] += parts[b * kWarps + group * group_warps + i];
-            }
-          }
-        }
-#pragma unroll
-        for (int b = 0; b < kBatch; ++b) {
-          const int row = from + b * groups + group;
-          if (row >= part.rows || group >= groups) continue;
-          if (mine == 0) ws.s[part.row + row] = dot[b];
-          if (!iterate) continue;
-          const A s = dot[b] * A(kShrinkSq);
-#pragma unroll
-          for (int i = 0; i < kVectors; ++i) {
-            const int unit = mine + i * across;
-            if (unit >= units) continue;
-            A w[kWidth];
-            load_as<E>(data, r.type, row * columns + unit * kWidth, w);
-#pragma unroll
-            for (int k = 0; k < kWidth; ++k) t[i][k] += w[k] * s;
-          }
-        }
+    for (int i = 0; i < kVectors; ++i) apart[i] = (own.in_part(i) - own.in_part(0)) * kWidth * size;
+    const auto load_w = [&](const Block<kVectors>& block, int at, int i, A(&w)[kWidth]) {
+      load_as<E>(kOneRow ? block.part[i / kPartVectors] + own.in_part(i) * kWidth * size
+                         : block.part[0] + at + apart[i],
+                 r.type, 0, w);
+      if constexpr (kOneRow) {  // or too many loads would be in flight for the registers
+        if (i % kPartVectors == kPartVectors - 1) asm volatile("" ::: "memory");
       }
-      squares[0] += double(f);
-      consumer.give_back(e, piece);
+    };
+    const A end = own.last ? A(kShrinkSq) : A(0);
+    A* parts = sh.parts + warp;
+    A* dots = sh.dots + (own.active() ? own.group : 0) * kChunk;
+
+    double squares[1] = {0};  // short sums in A, long ones in float64
+    A f = 0;
+    const int pieces = pieces_of(r, e.index), begin = e.index * r.slab_rows;
+    int next = own.active() ? begin + own.group : r.rows;  // of the group's rows
+    for (int piece = 0; piece < pieces; piece += r.row_pieces) {
+      const Piece where = piece_of(r, e.index, piece);
+      const Block<kVectors> block = take_block<E>(e, r, p, where, piece, own);
+      while (next < where.row + where.rows) {
+        const int left = (where.row + where.rows - next + own.groups - 1) / own.groups;
+        const int n = kOneRow ? 1 : left < kChunk ? left : kChunk;
+        const int from = ((next - where.row) * r.columns + own.in_part(0) * kWidth) * size;
+#pragma unroll 1
+        for (int row = 0; row < n; row += kRows) {
+          A dot[kRows];
+#pragma unroll
+          for (int b = 0; b < kRows; ++b) {
+            // Rows beyond the last repeat it, and count for nothing.
+            const int at = from + (b == 0 || row + b < n ? row + b : n - 1) * stride;
+            const A scale = b == 0 || row + b < n ? A(kShrinkSq) : A(0);
+            const A end_scale = b == 0 || row + b < n ? end : A(0);
+            dot[b] = 0;
+#pragma unroll
+            for (int i = 0; i < kVectors; ++i) {
+              A w[kWidth], square = 0;
+              load_w(block, at, i, w);
+#pragma unroll
+              for (int k = 0; k < kWidth; ++k) {
+                dot[b] += w[k] * v[i][k];
+                square += w[k] * w[k];
+              }
+              f += square * (i < kVectors - 1 ? scale : end_scale);
+            }
+          }
+          const A dot_of_row = warp_sums(dot);
+          constexpr int kSpan = kWarp / kRows;
+          if (lane % kSpan == 0) parts[(row + lane / kSpan) * kWarps] = dot_of_row;
+        }
+        own.sync(group_warps);
+        if (warp == own.group * group_warps && lane < kChunk) {
+          A dot = 0;
+#pragma unroll
+          for (int i = 0; i < kWarps; ++i) {
+            if (i < group_warps && lane < n) dot += parts[lane * kWarps + i];
+          }
+          if (lane < n) Workspace<A>(r, c.scratch).s[next + lane * own.groups] = dot;
+          dots[lane] = dot * A(kShrinkSq);
+        }
+        own.sync(group_warps);
+        if (iterate) {
+#pragma unroll 1
+          for (int row = 0; row < n; row += kRows) {
+#pragma unroll
+            for (int b = 0; b < kRows; ++b) {
+              const A s = dots[row + b];  // 0 beyond the last row
+              const int at = from + (b == 0 || row + b < n ? row + b : n - 1) * stride;
+#pragma unroll
+              for (int i = 0; i < kVectors; ++i) {
+                A w[kWidth];
+                load_w(block, at, i, w);
+#pragma unroll
+                for (int k = 0; k < kWidth; ++k) t[i][k] += w[k] * s;
+              }
+            }
+          }
+        }
+        next += n * own.groups;
+      }
+      if constexpr (!kOneRow) {
+        squares[0] += double(f);
+        f = 0;
+      }
+      for (int k = 0; k < r.row_pieces; ++k) consumer.give_back(e, piece + k);
     }
 
+    const Workspace<A> ws(r, c.scratch);
+    const int tid = thread_index();
+    squares[0] += double(f);
     sum_over_consumers(squares, sh.doubles);
     if (tid == 0) finish_slab(e, pieces, ws, squares[0]);
     if (!iterate) return;
     A* share = ws.shares + int64_t(e.index) * ws.pitch;
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
-      const int unit = mine + i * across;
-      if (groups > 1) {
-        sync_consumers();
+      Pack<A, kWidth> sum;
 #pragma unroll
-        for (int k = 0; k < kWidth; ++k) sh.sums[k * kConsumers + tid] = t[i][k];
+      for (int k = 0; k < kWidth; ++k) sum.x[k] = t[i][k];
+      if (own.groups > 1) {
+        auto* sums = reinterpret_cast<Pack<A, kWidth>*>(sh.sums);
         sync_consumers();
-      }
-      if (group > 0 || unit >= units) continue;
-#pragma unroll
-      for (int k = 0; k < kWidth; ++k) {
-        A sum = t[i][k];
+        sums[tid] = sum;
+        sync_consumers();
+        if (own.group == 0) {
 #pragma unroll 1
-        for (int g = 1; g < groups; ++g) sum += sh.sums[k * kConsumers + tid + g * across];
-        share[unit * kWidth + k] = sum;
+          for (int g = 1; g < own.groups; ++g) {
+            const Pack<A, kWidth> more = sums[tid + g * own.across];
+#pragma unroll
+            for (int k = 0; k < kWidth; ++k) sum.x[k] += more.x[k];
+          }
+        }
       }
+      if (own.group == 0 && own.has(i))
+        *reinterpret_cast<Pack<A, kWidth>*>(share + own.unit(i) * kWidth) = sum;
     }
   }
 
- private:
   // The slab's |W|_F^2, and which of its pieces this CTA keeps.
   SRN_DEVICE void finish_slab(const Entry& e, int pieces, const Workspace<A>& ws, double squares) {
     ws.sums[e.index] = squares;
@@ -243,6 +244,7 @@ class Forward {
   // Any layout and width: the slab is read from memory for s, and again from L2 for t.
   SRN_DEVICE void direct(const Entry& e, const Record& r, const ForwardPointers& p,
                          const Workspace<A>& ws, bool first) {
+    const int tid = thread_index(), lane = tid % kWarp, warp = tid / kWarp;
     const int begin = e.index * r.slab_rows, n = slab_rows(r, e.index);
     double squares[1] = {0};
     if (r.inner >= kWarp || n * r.inner > kConsumers) {
@@ -277,7 +279,7 @@ class Forward {
         ws.s[begin + tid] = sum;
       }
     }
-    sum_over_consumers(squares, sh.doubles);  // a barrier too: s is complete
+    sum_for_consumers(squares, sh.doubles);  // a barrier too: s is complete
     if (tid == 0) finish_slab(e, 0, ws, squares[0]);
     if (r.iterations <= 0) return;
     A* share = ws.shares + int64_t(e.index) * ws.pitch;
@@ -308,6 +310,7 @@ class Forward {
   SRN_DEVICE void add_shares(const Record& r, const Workspace<A>& ws, int begin, int end) {
     constexpr int kDown = kWarps % 5 == 0 ? 5 : 2, kAcross = kConsumers / kDown;
     if (end > r.columns) end = r.columns;
+    const int tid = thread_index();
     const int down = tid / kAcross, across = tid % kAcross;
     for (int from = begin; from < end; from += kAcross) {
       const int j = from + across;
@@ -332,6 +335,7 @@ class Forward {
   SRN_DEVICE void finish_pass(const Record& r, const ForwardPointers& p, const Workspace<A>& ws,
                               bool last) {
     const bool iterate = r.iterations > 0;
+    const int tid = thread_index();
     A* u_state = static_cast<A*>(p.u);
     A* v_state = static_cast<A*>(p.v);
     // Training: u ~ s, v ~ t, sigma = |t| / |s|. Evaluation: u and v as stored, sigma = u^T s.
@@ -349,7 +353,7 @@ class Forward {
       x[2] += v * v;
     }
     for (int k = tid; k < r.slabs; k += kConsumers) x[3] += load_shared_by_ctas(ws.sums + k);
-    sum_over_consumers(x, sh.doubles);
+    sum_for_consumers(x, sh.doubles);
     double u_norm = sqrt(x[1]), v_norm = sqrt(x[2]), sigma;
     if (iterate) {
       sigma = u_norm > 0 ? v_norm / u_norm * kGrowSq : u_norm;
@@ -388,59 +392,93 @@ class Forward {
   SRN_DEVICE void rescale(const Entry& e, const Record& r, const ForwardPointers& p) {
     const A a = A(load_shared_by_ctas(&c.stats[r.stats_row].a));
     const A b = A(load_shared_by_ctas(&c.stats[r.stats_row].b));
-    const A* u = round_u<A>(c, r);
-    const A* v = round_v<A>(c, r);
-    if (r.path == kDirect) {
-      for_each_in_slab(r, e.index, [&](int64_t at, int row, int column) {
-        A w[1], x[1];
-        load_any(p.weight, r.type, at, w);
-        load_v(c, r, v, column, x);
-        x[0] = a * w[0] + load_shared_by_ctas(u + row) * (b * x[0]);
-        store_any(p.out, r.other_type, at, x);
+    if (r.path == kScalars) {
+      stage_u(c, r, e.index, b, sh.sums);
+      with_panel_count<Any>(r.vectors,
+                            [&](auto n) { rescaled<Any, Any, 1, n.kValue>(e, r, p, a); });
+    } else if (r.path == kVectors) {
+      stage_u(c, r, e.index, b, sh.sums);
+      with_types<A>(r.type, r.other_type, [&](auto type, auto other) {
+        with_panel_count<void>(r.vectors, [&](auto n) {
+          rescaled<typename decltype(type)::Type, typename decltype(other)::Type, kVectorWidth<A>,
+                   n.kValue>(e, r, p, a);
+        });
       });
-      return;
+    } else {
+      const A* u = round_u<A>(c, r);
+      const A* v = round_v<A>(c, r);
+      for_each_in_slab(r, e.index, [&](int64_t at, int row, int column) {
+        A w[1];
+        load_any(p.weight, r.type, at, w);
+        w[0] = a * w[0] + b * load_shared_by_ctas(u + row) *
+                              load_shared_by_ctas(v + matrix_column(c, r, column));
+        store_any(p.out, r.other_type, at, w);
+      });
     }
-    if (r.path == kVectors)
-      rescale_staged<4>(e, r, p, a, b, u, v);
-    else
-      rescale_staged<1>(e, r, p, a, b, u, v);
   }
 
-  template <int kWidth>
-  SRN_DEVICE void rescale_staged(const Entry& e, const Record& r, const ForwardPointers& p, A a,
-                                 A b, const A* u, const A* v) {
-    const int columns = r.columns, units = columns / kWidth;
-    const Grid grid(units);
-    const int64_t size = element_bytes(r.type);
-    A kept_v[kWidth];  // of the only unit, if there is one: then it is loaded once
-    if (units <= kConsumers && grid.first < units) load_v(c, r, v, grid.first * kWidth, kept_v);
-    const int pieces = pieces_of(r, e.index);
-    for (int k = 0; k < pieces; ++k) {
-      if (!(e.mask >> k & 1)) continue;
-      const Piece part = piece_of(r, e.index, k);
-      const char* begin = static_cast<const char*>(p.weight) + int64_t(part.row) * columns * size;
-      const char* data = consumer.take(e, k) + shift_of(begin);
-      for (int unit = grid.first; unit < units; unit += grid.step) {
-        A x[kWidth];
-        if (units <= kConsumers) {
+  // b u of the slab's rows lies in shared memory, a thread's part of v of a panel in registers.
+  template <class E, class O, int kWidth, int kVectors>
+  SRN_DEVICE void rescaled(const Entry& e, const Record& r, const ForwardPointers& p, A a) {
+    constexpr int kRows = kRowsInFlight<E>;
+    const int columns = r.columns, type = r.type, other = r.other_type;
+    const int size = bytes_of<E>(type), out_size = bytes_of<O>(other);
+    const int begin = e.index * r.slab_rows;
+    const int pieces = pieces_of(r, e.index), in_panel = pieces / r.row_pieces;
+    const auto* weights = static_cast<const char*>(p.weight);
+    char* out = static_cast<char*>(p.out);
+    const A* u = sh.sums;
+    for (int j = 0; j < pieces;) {
+      const int panel_end = j + in_panel;
+      Piece where = piece_of(r, e.index, panel_order(r, pieces, j));
+      const Own<kWidth, kVectors> own(r, where.columns / kWidth);
+      const int groups = own.groups, pitch = where.columns;  // of a piece in its slot
+      A v[kVectors][kWidth];
+      load_own_of_round(c, r, own, where.column, v);
+      int next = own.active() ? begin + own.group : r.rows;
+      for (; j < panel_end; ++j) {
+        const int piece = panel_order(r, pieces, j);
+        where = piece_of(r, e.index, piece);
+        const int end = where.row + where.rows;
+        if (e.mask >> piece & 1) {
+          const int64_t first = int64_t(where.row) * columns + where.column;
+          const char* data = consumer.take(e, piece) + shift_of(weights + first * size);
+          const int step = groups * pitch * size;
+          const int64_t out_step = int64_t(groups) * columns * out_size;
+          data += (next - where.row) * pitch * size;
+          char* to = out + (int64_t(next) * columns + where.column) * out_size;
+          const A* left = u + (next - begin);
+#pragma unroll 1
+          for (int row = next; row < end; row += kRows * groups) {
+            const bool more = row + groups < end;
+            A w[kRows][kVectors][kWidth];
 #pragma unroll
-          for (int i = 0; i < kWidth; ++i) x[i] = b * kept_v[i];
-        } else {
-          load_v(c, r, v, unit * kWidth, x);
+            for (int b = 0; b < kRows; ++b) {
+              const char* from = b == 0 || !more ? data : data + step;
+              const A factor = left[b == 0 || !more ? 0 : groups];
 #pragma unroll
-          for (int i = 0; i < kWidth; ++i) x[i] *= b;
+              for (int i = 0; i < kVectors; ++i) {
+                load_as<E>(from + own.unit(i) * kWidth * size, type, 0, w[b][i]);
+#pragma unroll
+                for (int x = 0; x < kWidth; ++x) w[b][i][x] = a * w[b][i][x] + factor * v[i][x];
+              }
+            }
+#pragma unroll
+            for (int b = 0; b < kRows; ++b) {
+#pragma unroll
+              for (int i = 0; i < kVectors; ++i)
+                if ((b == 0 || more) && own.has(i))
+                  store_as<O>(to + b * out_step + own.unit(i) * kWidth * out_size, other, 0,
+                              w[b][i]);
+            }
+            data += kRows * step;
+            to += kRows * out_step;
+            left += kRows * groups;
+          }
+          consumer.give_back(e, piece);
         }
-        for (int row = grid.row; row < part.rows; row += grid.rows) {
-          A w[kWidth], y[kWidth];
-          load_any(data, r.type, row * columns + unit * kWidth, w);
-          const A left = load_shared_by_ctas(u + part.row + row);
-#pragma unroll
-          for (int i = 0; i < kWidth; ++i) y[i] = a * w[i] + left * x[i];
-          store_any(p.out, r.other_type, int64_t(part.row + row) * columns + unit * kWidth, y);
-        }
-        if (units <= kConsumers) break;
+        while (next < end) next += groups;
       }
-      consumer.give_back(e, k);
     }
   }
 };

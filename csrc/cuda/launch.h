@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 
 #include "plan.h"
 
@@ -12,6 +13,9 @@ void launch_normalize(const Common& common, const ForwardPointers* layers, bool 
                       void* stream);
 void launch_backward(const Common& common, const BackwardPointers* layers, bool float64, int ctas,
                      void* stream);
+
+// Why the kernels cannot run on the current device: they were built for others. Empty: they can.
+std::string unloadable();
 
 // Shared memory of a CTA without its slots.
 int64_t control_bytes(bool float64);

@@ -11,9 +11,9 @@ namespace srn::cuda {
 
 // How a layer's slabs are read.
 enum Path : int32_t {
-  kDirect = 0,   // from global memory, twice: any layout, any width, float64
+  kDirect = 0,   // from global memory, twice: any layout, any width
   kScalars = 1,  // staged in shared memory, an element at a time: odd rows, unaligned pointers
-  kVectors = 2,  // staged, four elements at a time
+  kVectors = 2,  // staged, four elements at a time, of float64 two
 };
 
 enum Type : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat64 = 3 };
@@ -48,8 +48,8 @@ struct Record {
   int32_t type;        // of the weight
   int32_t other_type;  // of W_hat; in backward of the gradient
   int32_t path;
-  int32_t vectors;      // of columns of a thread: 2 or 9, scalars: 4
-  int32_t group_warps;  // warps that share a row
+  int32_t vectors;      // of columns of a thread: one of kVectorCounts
+  int32_t group_warps;  // warps that share a row, or a part of one in backward
   int32_t piece_rows;   // what is staged at a time: rows, or one of row_pieces parts of one row
   int32_t row_pieces;
   int32_t piece_columns;
@@ -86,7 +86,6 @@ struct Common {
   int32_t slot_bytes;
   int32_t stream_slots;
   int32_t resident_slots;
-  int32_t v_bytes;  // of shared memory, for the v of a layer with many vectors
 };
 
 // CUDA passes at most this much by value.
@@ -126,7 +125,17 @@ constexpr int kThreads = kConsumers + kWarp;  // the last warp is the producer
 constexpr int kMaxSlots = 16;
 constexpr int kMaxPieces = 32;  // of a tile
 constexpr int kQueue = 4;       // tiles that the producer may be ahead
-constexpr int kFewVectors = 2, kManyVectors = 9, kScalarVectors = 4;  // Record::vectors
+constexpr int kChunk = 8;       // rows of a group between two pairs of barriers
+
+// Record::vectors. Only a thread's last vector may lie beyond the row: see Own. More than
+// kPartVectors are those of a row that comes in parts of so many.
+constexpr int kVectorCounts[] = {1, 2, 3, 6, 9};
+constexpr int kScalarCounts[] = {1, 3, 6};
+constexpr int kPartVectors = 3;
+
+// Elements that are moved together: 16 bytes of what a layer computes in.
+template <class A>
+constexpr int kVectorWidth = 16 / int(sizeof(A));
 
 // Counters lie 128 bytes apart: tickets, CTAs that have left, then one for each layer.
 constexpr int kCounterStride = 32;

@@ -33,14 +33,14 @@ struct Blueprint {
   std::vector<Record> records;  // `scratch` is set here
   std::vector<Tile> tiles;
   std::vector<int32_t> columns;
-  int slot_bytes = 0, stream_slots = 0, resident_slots = 0, v_bytes = 0, ctas = 1;
+  int slot_bytes = 0, stream_slots = 0, resident_slots = 0, ctas = 1;
 };
 
-class Plan {
+class Plan : public std::enable_shared_from_this<Plan> {
  public:
   Plan(Blueprint b, int device, bool backward, bool float64)
       : device(device), float64(float64), ctas(b.ctas) {
-    check(b);
+    check(b, backward, float64);
     for (Record& r : b.records) {
       r.scratch = scratch_bytes;
       scratch_bytes +=
@@ -49,45 +49,42 @@ class Plan {
     std::vector<char> blob;
     const size_t records = append(&blob, b.records), tiles = append(&blob, b.tiles),
                  columns = append(&blob, b.columns);
-    memory = static_cast<char*>(upload(blob.data(), blob.size(), device));
+    memory = Memory(blob.data(), blob.size(), device);
     common = {};
-    common.records = reinterpret_cast<const Record*>(memory + records);
-    common.tiles = reinterpret_cast<const Tile*>(memory + tiles);
-    common.columns = reinterpret_cast<const int32_t*>(memory + columns);
+    common.records = reinterpret_cast<const Record*>(memory.data() + records);
+    common.tiles = reinterpret_cast<const Tile*>(memory.data() + tiles);
+    common.columns = reinterpret_cast<const int32_t*>(memory.data() + columns);
     common.n_tiles = int32_t(b.tiles.size());
     common.n_layers = int32_t(b.records.size());
     common.slot_bytes = b.slot_bytes;
     common.stream_slots = b.stream_slots;
     common.resident_slots = b.resident_slots;
-    common.v_bytes = b.v_bytes;
-  }
-  ~Plan() {
-    release(memory, device);
-    for (auto& [stream, counters] : by_stream) release(counters, device);
-    for (int32_t* counters : captured) release(counters, device);
   }
   Plan(const Plan&) = delete;
   Plan& operator=(const Plan&) = delete;
 
-  // A kernel leaves its counters at zero, so launches of one stream share them; a graph may run
-  // beside any stream and keeps its own.
+  // A kernel leaves its counters at zero, so launches of one stream share them. A graph may run
+  // beside any stream: it has its own, and keeps them and this plan for as long as it lives.
   int32_t* counters_for(void* stream) {
-    const std::lock_guard<std::mutex> lock(mutex);
     if (capturing(stream)) {
-      captured.push_back(new_counters());
-      return captured.back();
+      auto owned = std::make_unique<Captured>(Captured{shared_from_this(), new_counters()});
+      auto* counters = words(owned->counters);
+      keep_for_graph(stream, owned.release(), &Captured::forget);
+      return counters;
     }
-    int32_t*& counters = by_stream[stream];
-    if (!counters) counters = new_counters();
-    return counters;
+    const std::lock_guard<std::mutex> lock(mutex);
+    Memory& counters = by_stream[stream_id(stream)];
+    if (!counters.data()) counters = new_counters();
+    return words(counters);
   }
-  bool in_a_graph() const { return !captured.empty(); }
   bool counters_are_clean() const {  // on the host only
     for (auto& [stream, counters] : by_stream)
       for (size_t i = 0; i < counter_words(); ++i)
-        if (counters[i] != 0) return false;
+        if (words(counters)[i] != 0) return false;
     return true;
   }
+  // Frees what graphs that are gone kept: their own end may not call the device.
+  static void sweep() { Captured::sweep(); }
 
   const int device;
   const bool float64;
@@ -96,15 +93,38 @@ class Plan {
   Common common;
 
  private:
-  char* memory = nullptr;
-  std::mutex mutex;
-  std::map<void*, int32_t*> by_stream;
-  std::vector<int32_t*> captured;
+  struct Captured {
+    std::shared_ptr<Plan> plan;
+    Memory counters;
 
+    static void forget(void* object) {
+      const std::lock_guard<std::mutex> lock(forgotten().mutex);
+      forgotten().objects.emplace_back(static_cast<Captured*>(object));
+    }
+    static void sweep() {
+      std::vector<std::unique_ptr<Captured>> gone;
+      const std::lock_guard<std::mutex> lock(forgotten().mutex);
+      gone.swap(forgotten().objects);
+    }
+
+   private:
+    struct Forgotten {
+      std::mutex mutex;
+      std::vector<std::unique_ptr<Captured>> objects;
+    };
+    static Forgotten& forgotten() {  // never destroyed, as all plans
+      static auto* all = new Forgotten;
+      return *all;
+    }
+  };
+
+  Memory memory;
+  std::mutex mutex;
+  std::map<uint64_t, Memory> by_stream;
+
+  static int32_t* words(const Memory& m) { return reinterpret_cast<int32_t*>(m.data()); }
   size_t counter_words() const { return size_t(kFirstCounter + common.n_layers) * kCounterStride; }
-  int32_t* new_counters() {
-    return static_cast<int32_t*>(upload(nullptr, counter_words() * sizeof(int32_t), device));
-  }
+  Memory new_counters() const { return Memory(nullptr, counter_words() * sizeof(int32_t), device); }
   template <class T>
   static size_t append(std::vector<char>* blob, const std::vector<T>& values) {
     const size_t at = size_t(line(int64_t(blob->size())));
@@ -113,21 +133,35 @@ class Plan {
     return at;
   }
   // What the kernels take for granted.
-  static void check(const Blueprint& b) {
+  static void check(const Blueprint& b, bool backward, bool float64) {
     const auto require = [](bool good, const char* what) {
       if (!good) throw std::invalid_argument(std::string("srn_kernels: a plan with ") + what);
     };
     require(b.ctas > 0 && b.stream_slots > 0, "no CTA or slot");
     require(b.stream_slots + b.resident_slots <= kMaxSlots, "too many slots");
-    require(b.slot_bytes % 128 == 0 && b.v_bytes % 128 == 0, "slots that are not aligned");
+    require(b.slot_bytes % 128 == 0, "slots that are not aligned");
     for (const Record& r : b.records) {
       if (r.path == kDirect) continue;
       const int64_t pieces = round_up(r.slab_rows, r.piece_rows) / r.piece_rows * r.row_pieces;
+      const int width = r.path == kScalars ? 1 : float64 ? 2 : 4;
+      const int64_t units = r.columns / width, across = int64_t(r.group_warps) * kWarp;
       require(r.rows == 0 || r.inner == r.columns, "staged rows that are not contiguous");
       require(pieces <= kMaxPieces, "too many pieces in a slab");
-      require(r.path != kVectors || (r.columns % 4 == 0 && r.piece_columns % 4 == 0),
-              "vectors of four that do not fill a row");
+      require(r.slab_rows <= kConsumers * 4, "too many rows in a slab");
+      require(r.columns % width == 0 && r.piece_columns % width == 0,
+              "vectors that do not fill a row");
       require(r.row_pieces == 1 || r.piece_rows == 1, "parts of several rows");
+      require(r.group_warps >= 1 && r.group_warps <= kWarps, "groups of too many warps");
+      const int64_t whole = backward ? r.piece_columns / width : units;
+      const int64_t end = backward ? units - (r.row_pieces - 1) * whole : units;
+      require(whole <= r.vectors * across && (r.vectors - 1) * across <= end && end > 0,
+              "units that do not suit the threads");
+      require(r.vectors <= kPartVectors || (!backward && r.row_pieces > 1),
+              "more vectors than a panel has");
+      require(backward || r.row_pieces == 1 ||
+                  (r.row_pieces * kPartVectors == r.vectors && r.row_pieces <= b.stream_slots &&
+                   r.piece_columns == kPartVectors * across * width),
+              "parts that do not suit the threads");
     }
     for (const Tile& t : b.tiles)
       require(t.layer >= 0 && t.layer < int(b.records.size()), "a tile of no layer");

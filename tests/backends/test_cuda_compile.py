@@ -11,6 +11,8 @@ import pytest
 from torch.utils import cpp_extension
 
 from srn_kernels.backends.cuda import compile as tool
+from srn_kernels.backends.cuda import sass
+from srn_kernels.backends.cuda.sass import LIMITS
 
 NEEDS_NVCC = pytest.mark.skipif(tool.find_nvcc() is None, reason="needs nvcc")
 ROOT = Path(__file__).parents[2]
@@ -30,8 +32,12 @@ def test_every_target_compiles_without_spills_and_with_its_copies(capsys):
     assert code == 0, printed
     for architecture in tool.ARCHITECTURES:
         lines = [x for x in printed.splitlines() if x.startswith(f"sm_{architecture} ")]
-        # Two directions, each for few and many layers and in float64; then the time.
-        assert len(lines) == 7, printed
+        # Two directions in two types, their loops, and the time of both files.
+        assert sum(" layers" in x and "instructions" not in x for x in lines) == 4, printed
+        counted = [x for x in lines if "instructions" in x]
+        for phase in LIMITS:
+            for types in ("float32", "bfloat16", "float16", "float64"):
+                assert any(f": {phase} of {types}, " in x for x in counted), (phase, types)
 
 
 @pytest.mark.parametrize(
@@ -57,6 +63,31 @@ def test_without_nvcc_the_step_says_so(monkeypatch, capsys):
     monkeypatch.setattr(tool, "find_nvcc", lambda: None)
     assert tool.main([]) == 0
     assert "nvcc was not found, nothing was compiled" in capsys.readouterr().out
+
+
+def _sass(*body: str) -> str:
+    lines = [f"        /*{16 * k:04x}*/  {text} ;" for k, text in enumerate(body)]
+    return "\n".join(["\t\tFunction : _Z16normalize_kernelIfLi83E", *lines])
+
+
+def test_loops_are_found_and_held_to_their_limits():
+    unit = ["LDS.128 R4, [R1]", *["FFMA R4, R4, R5, R6"] * 8, "STG.E.128 [R8], R4"]
+    around = ["MOV R1, R2", *unit, "@P0 BRA 0x10", "@!P1 BRA 0x0", "EXIT"]
+    (loop,) = sass.loops(_sass(*around))
+    assert (loop.phase, loop.types, loop.units) == ("rescale", "float32", 1)
+    assert (loop.instructions, loop.global_loads, loop.faults) == (len(unit) + 1, 0, [])
+    slow = ["MOV R1, R2", *["IADD3 R1, R1, R1, R1"] * 18, *unit, "@P0 BRA 0x10"]
+    assert sass.loops(_sass(*slow))[0].faults == ["more than 28 instructions"]
+    loads = ["MOV R1, R2", *["LDG.E R1, [R2.64]"] * 2, *unit, "@P0 BRA 0x10"]
+    assert sass.loops(_sass(*loads))[0].faults == ["global loads"]
+
+
+def test_the_two_loops_of_a_slab_count_together():
+    dots = ["LDS.128 R4, [R1]", *["FFMA R4, R4, R5, R6"] * 9, "SHFL.BFLY PT, R1, R2, 0x1", "BRA 0x0"]
+    at = 16 * len(dots)
+    shares = ["LDS.128 R4, [R1]", *["FFMA R4, R4, R5, R6"] * 4, f"@P0 BRA {at:#x}"]
+    (loop,) = sass.loops(_sass(*dots, *shares))
+    assert (loop.phase, loop.units, loop.instructions) == ("slab", 1, len(dots) + len(shares))
 
 
 @pytest.mark.skipif(

@@ -78,11 +78,13 @@ def test_mixed_dtypes_layouts_and_iterations_in_one_launch():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=oracle.dtype_id)
 def test_unaligned_pointers(dtype):
-    storage = torch.randn(8 * 64 * 48).to(dtype)
+    # On the device: a copy to it would be aligned.
+    storage = torch.randn(8 * 64 * 48, device=device_of(backend)).to(dtype)
     made = [
         (storage[i + k * 64 * 48 :][: 64 * 48].view(64, 48), 0)
         for k, i in enumerate((0, 1, 2, 3, 4, 5, 7))
     ]
+    assert {w.data_ptr() % 16 for w, _ in made} != {0}
     check_round(make_round(made))
 
 
@@ -182,15 +184,14 @@ def test_the_padding_of_a_rounds_state_stays_untouched():
 def test_bad_arguments_are_named_and_change_nothing():
     made = make_round([(torch.randn(4, 6), 0)])
     before = made.copy()
+    empty = functools.partial(torch.empty, device=made.weights[0].device)
     cases = {
         "u must be": made._replace(us=[made.vs[0]]),
-        "out must have the sizes": made._replace(outs=[torch.empty(6, 4)]),
+        "out must have the sizes": made._replace(outs=[empty(6, 4)]),
         "float64 output": made._replace(outs=[nan_like(made.weights[0], torch.float64)]),
         "round_state is too small": made._replace(round_state=made.round_state[:8].clone()),
         "different lengths": made._replace(dims=[0, 0]),
-        "not dense": made._replace(
-            weights=[torch.empty(4, 12)[:, ::2]], outs=[torch.empty(4, 12)[:, ::2]]
-        ),
+        "not dense": made._replace(weights=[empty(4, 12)[:, ::2]], outs=[empty(4, 12)[:, ::2]]),
     }
     for message, bad in cases.items():
         with pytest.raises((ValueError, TypeError), match=message):
@@ -210,4 +211,5 @@ def test_the_plans_of_the_tests_reach_every_path(blueprints):
     assert {r[16] for r in records} == {0, 1, 2}  # direct, scalars, vectors
     assert any(r[9] for r in records) and not all(r[9] for r in records)  # column tiles
     assert made_plan.resident_slots > 0
-    assert made_plan.slot_bytes * (made_plan.resident_slots + made_plan.stream_slots) < 40 * KB
+    if EMULATED:  # otherwise slabs would rarely leave shared memory before they are rescaled
+        assert made_plan.slot_bytes * (made_plan.resident_slots + made_plan.stream_slots) < 40 * KB

@@ -17,11 +17,12 @@ from torch.utils import cpp_extension
 
 from srn_kernels import backends
 from srn_kernels.backends.cuda import planning
+from srn_kernels.backends.tiling import staging
 from srn_kernels.backends.tiling.config import KB, MB, LaunchConfig
 
 ROOT = Path(__file__).parents[2]
 CSRC = ROOT / "csrc"
-SOURCES = ("kernels.cu", "bindings.cpp", "shim/fibers.cpp", "shim/runtime.cpp")
+SOURCES = ("normalize.cu", "backward.cu", "bindings.cpp", "shim/fibers.cpp", "shim/runtime.cpp")
 COMPILER = os.environ.get("CXX", "g++")
 # Four consumer warps instead of fifteen: threads are fibers here.
 FLAGS = ("-std=c++20", "-O2", "-fPIC", "-DSRN_SHIM", "-DSRN_CONSUMER_WARPS=4", "-Wall")
@@ -56,7 +57,7 @@ def build(sanitizer: str | None = None) -> ModuleType:
             to = folder / f"{name}_{Path(source).stem}_{os.getpid()}_{len(source)}.o"
             torch_flags = includes if source == "bindings.cpp" else []
             # Only the kernels are of interest; the fibers tell the sanitizer of their order.
-            flags = extra if source == "kernels.cu" else extra[1:]
+            flags = extra if source.endswith(".cu") else extra[1:]
             _run(
                 *(COMPILER, *FLAGS, *flags, f"-DTORCH_EXTENSION_NAME={name}", *torch_flags),
                 *("-x", "c++", "-c", str(CSRC / "cuda" / source), "-o", str(to)),
@@ -89,6 +90,8 @@ def small_device(device: int, model_bytes: int, backward: bool) -> tuple[LaunchC
 def install(sanitizer: str | None = None) -> ModuleType:
     """Makes the shim the cuda backend of this process, for CPU tensors."""
     backend = backends.load("cuda")
+    # Small slots too: pieces, parts of rows and kept slabs of small models.
+    staging.SLOT_BYTES, staging.IN_FLIGHT = (2 * KB, 5 * KB), 8 * KB
     planning.device_config = small_device
     backend.DEVICES = frozenset({"cpu"})
     backend.install(build(sanitizer))

@@ -32,6 +32,7 @@ int thread_index();
 int cta_count();
 char* shared_memory();
 void sync_at(const char* file, int line, int threads);  // the first `threads` of the CTA
+void sync_group_at(int group, int threads, const char* file, int line);
 void sync_warp();
 int from_leader(int x);
 double warp_sum_doubles(double x);
@@ -42,8 +43,16 @@ void defer_copy(void* barrier, char* to, const char* from, int bytes);
 
 #define sync_all() sync_at(__FILE__, __LINE__, kThreads)
 #define sync_consumers() sync_at(__FILE__, __LINE__, kConsumers)
+#define sync_group(group, threads) sync_group_at(group, threads, __FILE__, __LINE__)
 inline double warp_sum(double x) { return warp_sum_doubles(x); }
 inline float warp_sum(float x) { return warp_sum_floats(x); }
+
+template <int N, class T>
+T warp_sums(T (&x)[N]) {
+  T sums[N];
+  for (int i = 0; i < N; ++i) sums[i] = warp_sum(x[i]);
+  return sums[thread_index() % kWarp / (kWarp / N)];
+}
 
 inline int add_relaxed(int32_t* p, int n) { return __atomic_fetch_add(p, n, __ATOMIC_RELAXED); }
 inline int add_release_acquire(int32_t* p, int n) {
@@ -54,6 +63,12 @@ inline int load_acquire(const int32_t* p) { return __atomic_load_n(p, __ATOMIC_A
 template <class T>
 T load_shared_by_ctas(const T* p) {
   return *p;
+}
+
+template <class P>
+P load_lines_shared_by_ctas(const void* p) {
+  if (uintptr_t(p) % 16) fail("an unaligned load");
+  return *static_cast<const P*>(p);
 }
 
 struct Barrier {
@@ -91,6 +106,12 @@ struct float16 {
   uint16_t bits;
 };
 
+inline float float_of_bits(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
+
 template <class E>
 struct Convert;
 template <>
@@ -105,12 +126,7 @@ struct Convert<double> {
 };
 template <>
 struct Convert<bfloat16> {
-  static float load(bfloat16 x) {
-    const uint32_t bits = uint32_t(x.bits) << 16;
-    float y;
-    std::memcpy(&y, &bits, 4);
-    return y;
-  }
+  static float load(bfloat16 x) { return float_of_bits(uint32_t(x.bits) << 16); }
   static bfloat16 store(float x) {
     uint32_t bits;
     std::memcpy(&bits, &x, 4);

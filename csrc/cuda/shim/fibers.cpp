@@ -125,7 +125,7 @@ struct Cta {
   Context scheduler;
   std::vector<bool> done;
   int running = 0, alive = kThreads;
-  Meeting all, consumers;
+  Meeting all, consumers, groups[kWarps];
   Warp warps[kThreads / kWarp];
   std::map<void*, std::vector<Copy>> copies;
   std::function<void()> body;
@@ -261,6 +261,10 @@ char* shared_memory() { return cta->shared; }
 void sync_at(const char* file, int line, int threads) {
   if (cta->running >= threads) fail("a thread at a barrier that is not its own");
   meet(threads == kThreads ? cta->all : cta->consumers, threads, file, line);
+}
+void sync_group_at(int group, int threads, const char* file, int line) {
+  if (cta->running / threads != group) fail("a thread at the barrier of another group");
+  meet(cta->groups[group], threads, file, line);
 }
 void sync_warp() { exchange(0); }
 double warp_sum_doubles(double x) {

@@ -1,9 +1,11 @@
-"""Compiles csrc/cuda/*.cu to machine code, on any machine with nvcc: registers, spills, copies.
+"""Compiles csrc/cuda/*.cu to machine code, on any machine with nvcc: registers, spills, loops.
 
-    python -m srn_kernels.backends.cuda.compile [--arch 80 90a 100]
+    python -m srn_kernels.backends.cuda.compile [--arch 80 90a 100] [--full]
 
-Fails if a kernel spills or if a target lost its asynchronous 16-byte or bulk copies. Needs neither
-a GPU nor a CUDA build of torch. Where nvcc is not found it says so and succeeds.
+Fails if a kernel spills, if a target lost its asynchronous 16-byte or bulk copies, or if an inner
+loop takes more instructions or global loads for a unit of W than sass.py allows. The kernels for
+many layers, the same code with a larger table, are compiled with --full. Needs neither a GPU nor a
+CUDA build of torch. Where nvcc is not found it says so and succeeds.
 """
 
 from __future__ import annotations
@@ -21,9 +23,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+from srn_kernels.backends.cuda.sass import LIMITS, Loop, disassemble, find_disassembler, loops
+
 CSRC = Path(__file__).parents[3] / "csrc" / "cuda"
 ARCHITECTURES = ("80", "90a", "100")
 FLAGS = ("-std=c++17", "-O3", "--expt-relaxed-constexpr")  # as in setup.py
+FEW_LAYERS = "-DSRN_FEW_LAYERS"
 TYPES = {"f": "float32", "d": "float64"}
 
 
@@ -43,6 +48,7 @@ class Report(NamedTuple):
 
 class Compiled(NamedTuple):
     kernels: list[Report]
+    loops: list[Loop]
     faults: list[str]
     seconds: float
 
@@ -88,24 +94,51 @@ def copies_of(ptx: str, architecture: str) -> list[str]:
     return [] if wanted in ptx else [f"no {wanted}"]
 
 
-def compile_for(nvcc: str, source: Path, architecture: str) -> Compiled:
+def compile_for(nvcc: str, source: Path, architecture: str, full: bool) -> Compiled:
     start = time.perf_counter()
+    found: list[Loop] = []
     with tempfile.TemporaryDirectory() as folder:
         target = f"arch=compute_{architecture},code=sm_{architecture}"
+        cubin = Path(folder, "kernels.cubin")
         command = [nvcc, *FLAGS, "-Xptxas", "-v", "-gencode", target, "-cubin", "--keep"]
-        command += ["--keep-dir", folder, "-o", f"{folder}/kernels.cubin", str(source)]
+        command += [] if full else [FEW_LAYERS]
+        command += ["--keep-dir", folder, "-o", str(cubin), str(source)]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
-            return Compiled([], [done.stderr.strip()], time.perf_counter() - start)
+            return Compiled([], [], [done.stderr.strip()], time.perf_counter() - start)
         ptx = "".join(p.read_text() for p in Path(folder).glob("*.ptx"))
+        faults = copies_of(ptx, architecture)
+        if tool := find_disassembler():
+            found = loops(disassemble(tool, cubin))
+            faults += [] if found else ["no inner loop was found"]
+        else:
+            faults.append("no cuobjdump to count instructions with: triton's wheel has one")
     kernels = parse(done.stderr)
-    faults = [] if kernels else ["no kernel was compiled"]
-    return Compiled(kernels, faults + copies_of(ptx, architecture), time.perf_counter() - start)
+    faults += [] if kernels else ["no kernel was compiled"]
+    return Compiled(kernels, found, faults, time.perf_counter() - start)
+
+
+def summary(found: Sequence[Loop]) -> list[tuple[str, list[str]]]:
+    """A line for each kernel's phase and types, and its faults."""
+    groups: dict[tuple[str, str, str], list[Loop]] = {}
+    for loop in found:
+        groups.setdefault((readable(loop.kernel), loop.phase, loop.types), []).append(loop)
+    lines = []
+    for (kernel, phase, types), same in sorted(groups.items()):
+        each = [loop.each for loop in same]
+        loads = max(loop.global_loads / loop.units for loop in same)
+        text = (
+            f"{kernel}: {phase} of {types}, {min(each):.1f} to {max(each):.1f} instructions and "
+            f"{loads:.1f} global loads a unit, aim {LIMITS[phase]:g}, at most {same[0].limit:g}"
+        )
+        lines.append((text, sorted({fault for loop in same for fault in loop.faults})))
+    return lines
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--arch", nargs="+", default=ARCHITECTURES)
+    parser.add_argument("--full", action="store_true", help="the kernels for many layers too")
     parser.add_argument("--csrc", type=Path, default=CSRC, help="the folder of the sources")
     chosen = parser.parse_args(arguments)
     nvcc = find_nvcc()
@@ -119,7 +152,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     failed = not jobs
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for (source, a), made in zip(
-            jobs, pool.map(lambda job: compile_for(nvcc, *job), jobs), strict=True
+            jobs, pool.map(lambda job: compile_for(nvcc, *job, chosen.full), jobs), strict=True
         ):
             for k in made.kernels:
                 print(
@@ -127,6 +160,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     f"  {', '.join(k.faults)}"
                 )
                 failed |= bool(k.faults)
+            for text, faults in summary(made.loops):
+                print(f"sm_{a} {text}{''.join(f': {fault}' for fault in faults)}")
+                failed |= bool(faults)
             for fault in made.faults:
                 print(f"sm_{a} {source.name}: {fault}")
                 failed = True

@@ -9,7 +9,7 @@ import functools
 import struct
 from array import array
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import NamedTuple
 
@@ -18,10 +18,18 @@ import torch
 from srn_kernels.backends.tiling.config import LaunchConfig
 from srn_kernels.backends.tiling.layout import Layout, make_layout
 from srn_kernels.backends.tiling.schedule import Phase, Work, order
-from srn_kernels.backends.tiling.staging import Machine, Piece, Staging, cut_staged, stage
+from srn_kernels.backends.tiling.staging import (
+    Machine,
+    Piece,
+    Staging,
+    cut_staged,
+    settle,
+    stage,
+)
 
 FLOAT32, BFLOAT16, FLOAT16, FLOAT64 = range(4)  # as Type in plan.h
 BYTES = {FLOAT32: 4, BFLOAT16: 2, FLOAT16: 2, FLOAT64: 8}
+MOST_OF_FEWEST_ROWS = 8
 RECORD = struct.Struct("=2q22i")
 
 
@@ -49,7 +57,6 @@ class Blueprint:
     slot_bytes: int
     stream_slots: int
     resident_slots: int
-    v_bytes: int
     ctas: int
 
 
@@ -87,15 +94,13 @@ def plan(key: Sequence[int], machine: Machine) -> Blueprint:
     element_bytes = [BYTES[x.type] + (BYTES[x.other] if backward else 0) for x in layers]
     total = sum(y.rows * y.columns * b for y, b in zip(layouts, element_bytes, strict=True))
     config, shared_bytes = device_config(device, total, backward)
-    staging = stage(
-        [
-            Piece(y, BYTES[x.type], BYTES[x.other] if backward else 0, x.aligned and not float64)
-            for x, y in zip(layers, layouts, strict=True)
-        ],
-        machine,
-        shared_bytes - machine.control_bytes[float64],
-        staged=not float64,
-    )
+    # A CTA adds up what its slab gives to t in registers; in backward nothing is added up.
+    config = replace(config, min_rows=1 if backward else min(MOST_OF_FEWEST_ROWS, config.min_rows))
+    pieces = [
+        Piece(y, BYTES[x.type], BYTES[x.other] if backward else 0, x.aligned and _vectors(x))
+        for x, y in zip(layers, layouts, strict=True)
+    ]
+    staging = stage(pieces, machine, shared_bytes - machine.control_bytes[float64])
     works = [
         Work(
             y.rows,
@@ -111,11 +116,15 @@ def plan(key: Sequence[int], machine: Machine) -> Blueprint:
         cut_staged(work, config, staged.most_rows)
         for work, staged in zip(works, staging.layers, strict=True)
     ]
+    settled = [
+        settle(x, piece, c.slab_rows, machine)
+        for x, piece, c in zip(staging.layers, pieces, cuts, strict=True)
+    ]
     tiles = array("i")
     for tile in order(cuts, config):
         tiles.extend((tile.layer, _OPS[tile.phase], tile.index, tile.wait))
     records, columns = bytearray(), array("i")
-    for x, y, cut, staged in zip(layers, layouts, cuts, staging.layers, strict=True):
+    for x, y, cut, staged in zip(layers, layouts, cuts, settled, strict=True):
         records += RECORD.pack(
             x.offset,
             0,  # where its workspace starts: the extension knows the sizes
@@ -145,6 +154,11 @@ def plan(key: Sequence[int], machine: Machine) -> Blueprint:
     return _blueprint(bytes(records), tiles, columns, staging, config)
 
 
+def _vectors(layer: Layer) -> bool:
+    """Whether the pair of types is compiled in: others are read by single elements."""
+    return layer.type == layer.other or (layer.type == FLOAT32 and layer.other != FLOAT64)
+
+
 _OPS = {Phase.SLAB: 0, Phase.COLUMNS: 1, Phase.RESCALE: 2}  # as Op in plan.h
 
 
@@ -167,7 +181,6 @@ def _blueprint(
         staging.slot_bytes,
         staging.stream_slots,
         staging.resident_slots,
-        staging.v_bytes,
         max(1, min(config.programs, n_tiles)),
     )
 
@@ -178,9 +191,10 @@ def install(module: ModuleType) -> None:
     assert sizes["record_bytes"] == RECORD.size
     machine = Machine(
         consumer_warps=sizes["consumer_warps"],
-        few_vectors=sizes["few_vectors"],
-        many_vectors=sizes["many_vectors"],
-        scalar_vectors=sizes["scalar_vectors"],
+        vectors=tuple(sizes["vectors"]),
+        scalars=tuple(sizes["scalars"]),
+        part_vectors=sizes["part_vectors"],
+        most_rows=sizes["most_rows"],
         most_slots=sizes["max_slots"],
         most_pieces=sizes["max_pieces"],
         control_bytes=(module.control_bytes(False), module.control_bytes(True)),

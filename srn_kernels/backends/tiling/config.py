@@ -51,9 +51,9 @@ class LaunchConfig:
         """
         config = cls(programs=processors)
         tile, rows = config.tile_bytes, config.min_rows
-        if model_bytes < processors * tile:
-            # A small model: spread it over all SMs, waiting costs more than partial sums.
-            tile, rows = max(16 * KB, model_bytes // processors), 4
+        if 2 * model_bytes < 5 * processors * tile:
+            # More than two slabs for every SM: waiting costs more than partial sums.
+            tile, rows = max(16 * KB, 2 * model_bytes // (5 * processors)), 4
         return replace(
             config,
             staging_bytes=min(config.staging_bytes, shared_bytes - RESERVED_BYTES),

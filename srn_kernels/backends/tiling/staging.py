@@ -1,8 +1,8 @@
-"""How slabs pass through a CTA's shared memory: pieces, slots, and which warps share a row.
+"""How slabs pass through a CTA's shared memory: pieces, slots, and which threads own which columns.
 
 For kernels that keep slabs on chip (csrc/cuda). A piece is what is copied at a time: as many whole
-rows as a slot holds, or in backward, where rows need not be whole, a part of one. Some slots carry
-the stream of pieces, the others keep slabs until they are rescaled. Host data only.
+rows as a slot holds, or a part of a row that no slot holds. Some slots carry the stream of pieces,
+the others keep slabs until they are rescaled. Host data only.
 """
 
 from __future__ import annotations
@@ -17,18 +17,26 @@ from srn_kernels.backends.tiling.schedule import LayerTiles, Work, cut, round_up
 
 DIRECT, SCALARS, VECTORS = range(3)  # Path in plan.h
 WARP = 32
-SLOT_BYTES = 32 * KB  # about; two in flight cover the latency of device memory
-FEWEST_SLOTS = 6  # where shared memory is short, slots are smaller
-SHIFT = 16  # a span starts as far from a 16-byte line as in global memory
+LINE = 16  # bytes that are copied together; a span starts as far from one as in global memory
+SLOT_BYTES = (16 * KB, 32 * KB)
+FEWEST_STREAM_SLOTS = 4
+IN_FLIGHT = 64 * KB  # beside what is being worked on, where shared memory is large enough
+# In cycles of an SM, from the machine code and the latencies that are published for it.
+VECTOR_CYCLES = 15 / 4  # of a warp's unit: its instructions over four schedulers
+ROW_CYCLES = 14 / 4
+WARP_STRETCH = 8  # a warp alone takes so many times longer than its share of the schedulers
+BARRIERS = 150  # a pair, and the sum between them
+SUM_CYCLES = 60, 8  # of a slab's shares of a vector: barriers, and each further group
 
 
 class Machine(NamedTuple):
     """Constants of the kernels, as compiled; names as in csrc/cuda/plan.h."""
 
     consumer_warps: int
-    few_vectors: int
-    many_vectors: int
-    scalar_vectors: int
+    vectors: tuple[int, ...]  # that a thread may own: of rows read by vectors
+    scalars: tuple[int, ...]  # of rows read by single elements
+    part_vectors: int  # the most in backward; a row of more comes in parts of so many
+    most_rows: int  # of a slab
     most_slots: int
     most_pieces: int
     control_bytes: tuple[int, int]  # of shared memory beside the slots: float32, float64
@@ -40,7 +48,7 @@ class Piece(NamedTuple):
     layout: Layout
     weight_bytes: int  # of an element
     other_bytes: int  # of an element of G; 0 in forward
-    aligned: bool  # pointers are multiples of four elements
+    aligned: bool  # whether vectors may be read
 
 
 class Staged(NamedTuple):
@@ -62,132 +70,146 @@ class Staging(NamedTuple):
     slot_bytes: int
     stream_slots: int
     resident_slots: int
-    v_bytes: int
+
+
+class Sharing(NamedTuple):
+    """A thread owns ``vectors`` units of a row that ``group_warps`` warps share."""
+
+    vectors: int
+    group_warps: int
+
+
+def _width(piece: Piece, path: int) -> int:
+    """Elements of a unit."""
+    return 1 if path == SCALARS else 2 if piece.weight_bytes == 8 else 4
+
+
+def _counts(path: int, machine: Machine, whole: bool) -> list[int]:
+    """Of vectors a thread: for whole rows, and for panels of rows; or for rows that come in parts."""
+    counts = machine.scalars if path == SCALARS else machine.vectors
+    return [n for n in counts if (n <= machine.part_vectors) == whole]
+
+
+def sharings(units: int, last: int, counts: Sequence[int], machine: Machine) -> list[Sharing]:
+    """The ways to share ``units`` of which only a thread's last may be missing, also of ``last``."""
+    found = []
+    for vectors in counts:
+        warps = -(-units // (WARP * vectors))
+        if warps <= machine.consumer_warps and (vectors - 1) * warps * WARP <= last:
+            found.append(Sharing(vectors, warps))
+    return found
+
+
+def _cycles(way: Sharing, rows: int, piece_rows: int, machine: Machine) -> float:
+    """About how long a slab takes once its bytes are there."""
+    groups = machine.consumer_warps // way.group_warps
+    row = way.vectors * VECTOR_CYCLES + ROW_CYCLES  # of one warp
+    turns = -(-rows // groups)
+    rounds = -(-rows // piece_rows) * -(-piece_rows // (groups * 8))
+    waits = BARRIERS * min(rounds, turns) if way.group_warps > 1 else 0
+    sums = way.vectors * (SUM_CYCLES[0] + SUM_CYCLES[1] * groups) if groups > 1 else 0
+    return max(rows * way.group_warps * row, turns * row * WARP_STRETCH + waits) + sums
 
 
 def _path(piece: Piece, machine: Machine) -> int:
     """Whether, and how wide, a layer can be read from shared memory."""
-    layout, lanes = piece.layout, machine.consumer_warps * WARP
-    if layout.outer > 1:
+    columns = piece.layout.columns
+    if piece.layout.outer > 1 or columns == 0 or piece.layout.rows == 0:
         return DIRECT
-    if piece.aligned and layout.columns % 4 == 0:
-        fits = piece.other_bytes or layout.columns <= 4 * lanes * machine.many_vectors
-        return VECTORS if fits else DIRECT
-    fits = piece.other_bytes or layout.columns <= lanes * machine.scalar_vectors
-    return SCALARS if fits else DIRECT
+    path = VECTORS if piece.aligned and columns % _width(piece, VECTORS) == 0 else SCALARS
+    if piece.other_bytes:
+        return path  # by panels
+    units = columns // _width(piece, path)
+    counts = _counts(path, machine, True) + _counts(path, machine, False)
+    return path if sharings(units, units, counts, machine) else DIRECT
 
 
-def _groups(units: int, vectors: int, machine: Machine) -> int:
-    """Warps that share a row, so that a thread has ``vectors`` of its ``units``; 0: too many."""
-    warps = -(-units // (WARP * vectors))
-    return warps if warps <= machine.consumer_warps else 0
+def _direct(layout: Layout) -> Staged:
+    # Rows that lie side by side are read together.
+    block = max(1, min(layout.rows, WARP // layout.inner)) if layout.outer > 1 else 1
+    return Staged(DIRECT, 1, 1, 1, 1, layout.columns, 0, block, max(1, layout.rows))
 
 
-def _sharing(path: int, columns: int, piece_rows: int, machine: Machine) -> tuple[int, int]:
-    """(vectors of a thread, warps of a row): the fewest steps for a piece, barriers counted."""
-    if path == SCALARS:
-        return machine.scalar_vectors, _groups(columns, machine.scalar_vectors, machine)
-    best = (0, 0, 0)
-    for vectors, batch in ((machine.few_vectors, 4), (machine.many_vectors, 1)):
-        warps = _groups(columns // 4, vectors, machine)
-        if not warps:
-            continue
-        groups = machine.consumer_warps // warps
-        rows = min(batch, -(-piece_rows // groups))
-        barrier = 8 if warps > 1 else 2  # in vectors' worth of time
-        cost = -(-piece_rows // (groups * batch)) * (rows * vectors + barrier)
-        if not best[0] or cost < best[0]:
-            best = (cost, vectors, warps)
-    return best[1], best[2]
+def _in_parts(piece: Piece, path: int, room: int, machine: Machine) -> Staged | None:
+    """A row that no slot or three vectors a thread hold, in forward: by parts of three vectors."""
+    units = piece.layout.columns // _width(piece, path)
+    for vectors, warps in sharings(units, units, _counts(path, machine, False), machine):
+        columns = machine.part_vectors * warps * WARP * _width(piece, path)
+        if columns * piece.weight_bytes <= room:
+            parts = vectors // machine.part_vectors
+            most = min(machine.most_pieces // parts, machine.most_rows)
+            return Staged(path, vectors, warps, 1, parts, columns, 0, 1, most)
+    return None
+
+
+def _panels(piece: Piece, path: int, room: int, machine: Machine) -> tuple[int, int]:
+    """In backward: how many panels of columns, and how wide."""
+    width, columns = _width(piece, path), piece.layout.columns
+    units = columns // width
+    most = room // (width * (piece.weight_bytes + piece.other_bytes))
+    counts = _counts(path, machine, True)
+    most = min(most, max(counts) * WARP * machine.consumer_warps)
+    n = -(-units // most)
+    while True:
+        panel = -(-units // n)
+        last = units - (n - 1) * panel
+        if last > 0 and sharings(panel, last, counts, machine):
+            return n, panel * width
+        n += 1
 
 
 def _staged(piece: Piece, path: int, slot_bytes: int, machine: Machine) -> Staged:
     layout = piece.layout
-    rows, columns = layout.rows, layout.columns
     if path == DIRECT:
-        # Rows that lie side by side are read together.
-        block = max(1, min(rows, WARP // layout.inner)) if layout.outer > 1 else 1
-        return Staged(DIRECT, 0, 1, 1, 1, columns, 0, block, rows)
+        return _direct(layout)
+    rows, columns = layout.rows, layout.columns
     size = piece.weight_bytes + piece.other_bytes
-    room = slot_bytes - SHIFT * (2 if piece.other_bytes else 1)
-    piece_rows, row_pieces, piece_columns = max(1, room // (columns * size)), 1, columns
-    piece_rows = min(piece_rows, rows)
-    if columns * size > room:  # backward only
-        piece_columns = room // size // 8 * 8
-        row_pieces = -(-columns // piece_columns)
+    room = slot_bytes - LINE * (2 if piece.other_bytes else 1)
+    row_pieces, piece_columns, units = 1, columns, columns // _width(piece, path)
+    if piece.other_bytes:
+        row_pieces, piece_columns = _panels(piece, path, room, machine)
+    elif columns * size > room or not sharings(units, units, _counts(path, machine, True), machine):
+        return _in_parts(piece, path, room, machine) or _direct(layout)
+    piece_rows = 1 if row_pieces > 1 else min(rows, room // (columns * size))
+    most = min(machine.most_pieces // row_pieces * piece_rows, machine.most_rows)
     span = piece_rows * piece_columns * piece.weight_bytes
-    vectors, warps = 0, 1
-    if not piece.other_bytes:
-        vectors, warps = _sharing(path, columns, piece_rows, machine)
-    most = machine.most_pieces // row_pieces * piece_rows
-    other_offset = round_up(span + SHIFT, SHIFT) if piece.other_bytes else 0
-    return Staged(
-        path,
-        vectors,
-        warps,
-        piece_rows,
-        row_pieces,
-        piece_columns,
-        other_offset,
-        piece_rows,
-        max(1, most),
-    )
+    other_offset = round_up(span + LINE, LINE) if piece.other_bytes else 0
+    staged = Staged(path, 1, 1, piece_rows, row_pieces, piece_columns, other_offset, 1, most)
+    return staged if most else _direct(layout)
 
 
-def _usual_slot(room: int) -> int:
-    return min(SLOT_BYTES, room // FEWEST_SLOTS // 128 * 128)
-
-
-def _slot_bytes(pieces: Sequence[Piece], room: int) -> int:
-    """The size at which the slots hold most: rows must be whole, so some of each is empty."""
-    usual = _usual_slot(room)
-    widest = max(p.layout.columns * p.weight_bytes for p in pieces)
-    least = round_up(max(widest, usual // 2) + SHIFT, 128)
-    sizes = [p.layout.rows * p.layout.columns * p.weight_bytes for p in pieces]
-    best = (0.0, least)
-    for size in range(least, max(least, 2 * usual) + 1, 1024):
-        slots = room // size
+def _slot_bytes(pieces: Sequence[Piece], paths: Sequence[int], room: int, machine: Machine) -> int:
+    """The size at which slots hold most: rows must be whole, so some of each is empty."""
+    most = min(SLOT_BYTES[1], room // FEWEST_STREAM_SLOTS // 128 * 128)
+    best = (-1.0, most)
+    for size in range(most, min(SLOT_BYTES[0], most) - 1, -KB):
         held = 0.0
-        for p, weight in zip(pieces, sizes, strict=True):
-            row = p.layout.columns * p.weight_bytes
-            held += weight * min((size - SHIFT) // row * row, weight)
-        # Fewer than four slots would be streams alone.
-        score = held * slots * (1.0 if slots >= 4 else 0.5) / sum(sizes)
-        if score > best[0]:
-            best = (score, size)
+        for piece, path in zip(pieces, paths, strict=True):
+            s = _staged(piece, path, size, machine)
+            if s.path != DIRECT:
+                elements = piece.layout.rows * piece.layout.columns
+                span = s.piece_rows * s.piece_columns * (piece.weight_bytes + piece.other_bytes)
+                # A small layer leaves its slots half empty at any size.
+                whole = piece.layout.rows * s.row_pieces <= s.piece_rows
+                held += elements * (1.0 if whole else span / size)
+        if held > best[0]:
+            best = (held, size)
     return best[1]
 
 
-def stage(pieces: Sequence[Piece], machine: Machine, room: int, staged: bool = True) -> Staging:
+def stage(pieces: Sequence[Piece], machine: Machine, room: int) -> Staging:
     """How the layers of one launch use ``room`` bytes of shared memory."""
+    paths = [_path(p, machine) for p in pieces]
+    if all(path == DIRECT for path in paths):
+        return Staging([_direct(p.layout) for p in pieces], 128, 1, 0)
+    size = _slot_bytes(pieces, paths, room, machine)
+    layers = [_staged(p, path, size, machine) for p, path in zip(pieces, paths, strict=True)]
+    slots = min(machine.most_slots, room // size)
+    # What is worked on at a time beside what is in flight.
     backward = any(p.other_bytes for p in pieces)
-    paths = [_path(p, machine) if staged else DIRECT for p in pieces]
-    v_bytes = 0
-    if not backward:
-        # v of the widest rows lies in shared memory too; too wide rows are read directly.
-        for i, (p, path) in enumerate(zip(pieces, paths, strict=True)):
-            row = p.layout.columns * p.weight_bytes + SHIFT
-            few = _groups(p.layout.columns // 4, machine.few_vectors, machine)
-            v = 0 if path == SCALARS or few else 4 * p.layout.columns
-            if path != DIRECT and round_up(v, 128) + 2 * round_up(row, 128) > room:
-                paths[i] = DIRECT
-    on_chip = [p for p, path in zip(pieces, paths, strict=True) if path != DIRECT]
-    if not on_chip:
-        layers = [_staged(p, DIRECT, 0, machine) for p in pieces]
-        return Staging(layers, 128, 1, 0, 0)
-    if backward:
-        slot = _usual_slot(room)
-        layers = [_staged(p, path, slot, machine) for p, path in zip(pieces, paths, strict=True)]
-    else:
-        wide = [p.layout.columns for p, x in zip(pieces, paths, strict=True) if x == VECTORS]
-        v_bytes = round_up(4 * max(wide, default=0), 128)
-        slot = _slot_bytes(on_chip, room - v_bytes)
-        layers = [_staged(p, path, slot, machine) for p, path in zip(pieces, paths, strict=True)]
-        if not any(x.vectors == machine.many_vectors for x in layers):
-            v_bytes = 0
-    slots = min(machine.most_slots, (room - v_bytes) // slot)
-    stream = min(slots, 3 if slots >= 6 else 2)
-    return Staging(layers, slot, stream, slots - stream, v_bytes)
+    held = 1 if backward else max(s.row_pieces for s in layers)
+    stream = min(slots, max(FEWEST_STREAM_SLOTS, held - -IN_FLIGHT // size))
+    return Staging(layers, size, stream, slots - stream)
 
 
 def cut_staged(work: Work, config: LaunchConfig, most_rows: int) -> LayerTiles:
@@ -200,3 +222,17 @@ def cut_staged(work: Work, config: LaunchConfig, most_rows: int) -> LayerTiles:
         config, tile_bytes=most_rows * row_bytes, min_rows=1, max_slabs=max(1, work.rows)
     )
     return cut(work, limited)
+
+
+def settle(staged: Staged, piece: Piece, slab_rows: int, machine: Machine) -> Staged:
+    """Pieces of like size for slabs of ``slab_rows``, and who owns which columns of them."""
+    if staged.path == DIRECT or (staged.row_pieces > 1 and not piece.other_bytes):
+        return staged
+    n = -(-slab_rows // staged.piece_rows)
+    rows = -(-slab_rows // n)
+    width = _width(piece, staged.path)
+    units = staged.piece_columns // width
+    last = piece.layout.columns // width - (staged.row_pieces - 1) * units
+    ways = sharings(units, last, _counts(staged.path, machine, True), machine)
+    way = min(ways, key=lambda way: _cycles(way, slab_rows, rows, machine))
+    return staged._replace(vectors=way.vectors, group_warps=way.group_warps, piece_rows=rows)
