@@ -1,55 +1,31 @@
-"""The pictures: sample grids, eLhist, stable ranks over training, timing bars. Each returns a path.
-
-Colours are Okabe and Ito's, distinguishable with every common colour-vision deficiency.
-"""
+"""The demo's pictures: sample grids, eLhist, stable ranks, timing bars. Each returns a path."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-
 import numpy as np
-from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from torch import Tensor
 
-from srn_lab.elhist import PairKind, Slopes
-from srn_lab.overhead import Overhead
-from srn_lab.timing import Spread
-from srn_lab.train import History
+from srn_lab.measures.elhist import PairKind, Slopes
+from srn_lab.report.style import COLOURS, cycle, figure
+from srn_lab.timing.overhead import Overhead
+from srn_lab.timing.paired import Spread
+from srn_lab.training.gan import History
 
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-_GREY = "#595959"
-_STYLE = {
-    "font.size": 9,
-    "axes.titlesize": 10,
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": _GREY,
-    "xtick.color": _GREY,
-    "ytick.color": _GREY,
-    "legend.frameon": False,
-    "figure.constrained_layout.use": True,
-}
 _PAIR_TITLES = {
     PairKind.REAL_FAKE: "real and generated",
     PairKind.REAL_REAL: "both real",
     PairKind.FAKE_FAKE: "both generated",
 }
-_DPI = 150
 
 
 def plot_samples(path: Path, columns: Mapping[str, Tensor], side: int = 8) -> Path:
     """One ``side`` x ``side`` grid of images (N, 1, H, W) in [-1, 1] per title."""
-    with _figure(path, 1, len(columns), (3.1 * len(columns), 3.3)) as (_, axes):
+    with figure(path, 1, len(columns), (3.1 * len(columns), 3.3)) as (_, axes):
         for axis, (title, images) in zip(axes.flat, columns.items(), strict=True):
             axis.imshow(_tiled(images[: side * side], side), cmap="gray", vmin=-1, vmax=1)
             axis.set_title(title)
@@ -62,18 +38,18 @@ def plot_elhist(path: Path, runs: Mapping[str, Mapping[PairKind, Slopes]]) -> Pa
     kinds = list(next(iter(runs.values())))
     top = max(s.values.max().item() for run in runs.values() for s in run.values())
     edges = np.linspace(0, top, 51)
-    with _figure(path, 1, len(kinds), (max(4.2, 3.1 * len(kinds)), 2.9), sharey=True) as (
-        figure,
+    with figure(path, 1, len(kinds), (max(4.2, 3.1 * len(kinds)), 2.9), sharey=True) as (
+        drawn,
         axes,
     ):
         for axis, kind in zip(axes.flat, kinds, strict=True):
-            for colour, (name, run) in zip(_cycle(), runs.items(), strict=False):
+            for colour, (name, run) in zip(cycle(), runs.items(), strict=False):
                 _elhist(axis, name, run[kind], edges, colour)
             axis.set_title(_PAIR_TITLES[kind])
             axis.set_xlim(0, top)
             axis.legend(loc="upper right", title="95th percentile", alignment="left")
         axes.flat[0].set_ylabel("pairs")
-        figure.supxlabel(
+        drawn.supxlabel(
             r"slope $|D(x)-D(y)|\,/\,\|x-y\|_2$ (logits per unit of pixel distance)", size=9
         )
     return path
@@ -87,28 +63,29 @@ def plot_stable_ranks(
     ``bounds`` maps layer to the stable-rank bound of the run named ``bounded``. Layers with one row
     or column have stable rank 1 whatever the weights, and are left out.
     """
-    first = next(iter(histories.values())).spectra[0].layers
-    layers = [row for row in first if min(row.rows, row.columns) > 1]
+    first = next(iter(histories.values())).spectra[0]["layers"]
+    layers = [row for row in first if min(row["rows"], row["columns"]) > 1]
     columns = min(3, len(layers))
     rows = math.ceil(len(layers) / columns)
     size = (2.6 * columns, 1.6 * rows + 0.5)
-    with _figure(path, rows, columns, size, sharex=True) as (figure, axes):
+    with figure(path, rows, columns, size, sharex=True) as (drawn, axes):
         for axis in axes.flat[len(layers) :]:
             axis.set_visible(False)
         for axis, layer in zip(axes.flat, layers, strict=False):
-            for colour, (name, history) in zip(_cycle(), histories.items(), strict=False):
-                steps, ranks = _stable_rank_curve(history, layer.layer)
+            for colour, (name, history) in zip(cycle(), histories.items(), strict=False):
+                steps, ranks = _stable_rank_curve(history, layer["layer"])
                 axis.plot(steps, ranks, color=colour, label=name, linewidth=1.6)
-            bound = bounds[layer.layer]
+            bound = bounds[layer["layer"]]
             if math.isfinite(bound):
                 line = {"color": "black", "linestyle": ":", "linewidth": 1.2}
                 axis.axhline(bound, **line, label=f"bound of {bounded}")
-            axis.set_title(rf"{layer.layer}  {layer.rows}$\times${layer.columns}", size=8)
-            axis.set_ylim(0, min(layer.rows, layer.columns))
+            rows_, columns_ = layer["rows"], layer["columns"]
+            axis.set_title(rf"{layer['layer']}  {rows_}$\times${columns_}", size=8)
+            axis.set_ylim(0, min(rows_, columns_))
         handles, names = axes.flat[0].get_legend_handles_labels()
-        figure.legend(handles, names, loc="outside upper left", ncols=len(names))
-        figure.supxlabel("generator steps", size=9)
-        figure.supylabel("stable rank (axis ends at the rank)", size=9)
+        drawn.legend(handles, names, loc="outside upper left", ncols=len(names))
+        drawn.supxlabel("generator steps", size=9)
+        drawn.supylabel("stable rank (axis ends at the rank)", size=9)
     return path
 
 
@@ -118,8 +95,8 @@ def plot_overhead(path: Path, results: Sequence[Overhead]) -> Path:
     steps, alone = [], []
     for index, result in enumerate(results):
         for offset, key, name, colour in (
-            (0.0, "torch", f"torch, {result.config.style.value}", _COLOURS[1]),
-            (0.8, "converted", "the same, converted", _COLOURS[0]),
+            (0.0, "torch", f"torch, {result.config.style.value}", COLOURS[1]),
+            (0.8, "converted", "the same, converted", COLOURS[0]),
         ):
             position = 2.2 * index + offset
             steps.append((position, name, colour, result.step_ms[key]))
@@ -127,7 +104,7 @@ def plot_overhead(path: Path, results: Sequence[Overhead]) -> Path:
     last = 2.2 * len(results)
     steps.append((last, "no normalisation", "#999999", results[0].step_ms["plain"]))
     height = 1.1 + 0.7 * len(results)
-    with _figure(path, 1, 2, (8.6, height), sharey=True) as (_, axes):
+    with figure(path, 1, 2, (8.6, height), sharey=True) as (_, axes):
         _bars(axes[0, 0], steps)
         _bars(axes[0, 1], alone)
         axes[0, 0].invert_yaxis()
@@ -136,25 +113,6 @@ def plot_overhead(path: Path, results: Sequence[Overhead]) -> Path:
         axes[0, 0].set_title(f"whole model, batch {batch}")
         axes[0, 1].set_title(f"its {results[0].normalised_layers} normalised weights alone")
     return path
-
-
-@contextmanager
-def _figure(
-    path: Path, rows: int, columns: int, size: tuple[float, float], **keywords
-) -> Iterator[tuple[Figure, np.ndarray]]:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with plt.rc_context(_STYLE):
-        figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, **keywords)
-        try:
-            yield figure, axes
-            figure.savefig(path, dpi=_DPI)
-        finally:
-            plt.close(figure)
-
-
-def _cycle() -> Iterator[str]:
-    while True:
-        yield from _COLOURS
 
 
 def _tiled(images: Tensor, side: int) -> np.ndarray:
@@ -177,9 +135,12 @@ def _elhist(axis: Axes, name: str, slopes: Slopes, edges: np.ndarray, colour: st
 
 
 def _stable_rank_curve(history: History, layer: str) -> tuple[list[int], list[float]]:
-    steps = [record.step for record in history.spectra]
+    steps = [record["step"] for record in history.spectra]
     ranks = [
-        row.stable_rank for record in history.spectra for row in record.layers if row.layer == layer
+        row["stable_rank"]
+        for record in history.spectra
+        for row in record["layers"]
+        if row["layer"] == layer
     ]
     return steps, ranks
 

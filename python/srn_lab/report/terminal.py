@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rich.table import Table
 
-from srn_lab.elhist import PairKind
+from srn_lab.measures.elhist import PairKind
 
 
 def conversion_table(conversions: dict[str, dict]) -> Table:
@@ -31,9 +31,9 @@ def conversion_table(conversions: dict[str, dict]) -> Table:
     return table
 
 
-def comparison_table(runs: dict[str, dict], quality_scale: dict[str, float]) -> Table:
+def comparison_table(runs: dict[str, dict], quality_scale: dict[str, float], data: str) -> Table:
     """The runs side by side, one row a measurement."""
-    table = Table(title="GANs on 8x8 digits", title_justify="left", caption_justify="left")
+    table = Table(title=f"GANs on {data}", title_justify="left", caption_justify="left")
     table.add_column("")
     for name in runs:
         table.add_column(name, justify="right")

@@ -19,8 +19,9 @@ from torch.nn.utils import parametrizations, spectral_norm
 
 import srn_kernels as srn
 from srn_kernels import functional as srn_functional
-from srn_lab.normalisation import evaluating, matrix_layers
-from srn_lab.timing import Spread, paired_ms
+from srn_lab.measures.spectra import evaluating
+from srn_lab.methods.method import matrix_layers
+from srn_lab.timing.paired import Spread, paired_ms
 
 
 class SnStyle(str, Enum):
