@@ -31,11 +31,13 @@ class Preset:
     """The classifiers; the first is the one of Table 1 and Figure 1."""
     measures: GanMeasures
     features: Mapping[str, Any] | None
-    record_every: int
+    points: int
+    """Of a curve over epochs."""
     complexity_images: int = 500
     gan_cost: float = 1.0
     classifier_cost: float = 1.0
-    label_images: Mapping[str, int] = field(default_factory=dict)
+    shuffled: Mapping[str, Any] = field(default_factory=dict)
+    """What differs from ``classifier`` where labels are shuffled."""
 
     def gan_unit(
         self, role: str, method: Method, seed: int, *, conditional: bool = False, half: bool = False
@@ -86,13 +88,14 @@ class Preset:
             network=network or self.networks[0],
             random_labels=random_labels,
             seed=seed,
-            **self.classifier,
+            **{**self.classifier, **(self.shuffled if random_labels else {})},
         )
         task = "RAND" if random_labels else "CLS"
         return ClassifierUnit(
             config,
             f"classifier/{role}/{task}/{config.network}/{config.label}",
-            self.record_every,
+            # About as many points of a curve whatever the number of epochs.
+            max(1, config.epochs // self.points),
             self.complexity_images,
             self.classifier_cost,
         )
@@ -124,7 +127,7 @@ _SMOKE = Preset(
         divergence=DivergenceConfig(steps=2, batch_size=8, width=4, batches=1),
     ),
     features={"network": "small-densenet", "epochs": 1, "images": 128, "batch_size": 32},
-    record_every=1,
+    points=1,
     complexity_images=48,
 )
 
@@ -146,14 +149,16 @@ _CPU = Preset(
         "spectra_every": 250,
     },
     classifier={"epochs": 40, "batch_size": 64, "images": 1000, "learning_rate": 0.1},
+    # So few images that a network of this size can learn them by heart in the time.
+    shuffled={"epochs": 100, "batch_size": 20, "images": 200},
     networks=("small-densenet",),
     measures=GanMeasures(
         divergence=DivergenceConfig(steps=300, batch_size=32, width=16, batches=30, ema=0.98)
     ),
-    features={"network": "small-densenet", "epochs": 12, "batch_size": 64, "learning_rate": 0.1},
-    record_every=4,
-    gan_cost=110.0,
-    classifier_cost=60.0,
+    features={"network": "small-densenet", "epochs": 12, "batch_size": 64, "halve_every": 3},
+    points=10,
+    gan_cost=90.0,
+    classifier_cost=50.0,
 )
 
 _GPU = Preset(
@@ -177,7 +182,7 @@ _GPU = Preset(
     networks=("densenet40", "wrn-28-10", "resnet110", "vgg19-bn", "alexnet"),
     measures=GanMeasures(images=10_000),
     features=None,
-    record_every=5,
+    points=30,
     complexity_images=10_000,
     gan_cost=6 * 3600.0,
     classifier_cost=2 * 3600.0,

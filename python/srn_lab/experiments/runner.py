@@ -42,9 +42,7 @@ class Workplace:
 
     def place(self, unit: Unit, progress: Callable[[float], None]) -> Place:
         """Where ``unit`` writes."""
-        return Place(
-            self.out / "work" / key(unit), self.out / "features", progress, self.download
-        )
+        return Place(self.out / "work" / key(unit), self.out / "features", progress, self.download)
 
 
 def missing(units: Iterable[Unit], workplace: Workplace) -> list[Unit]:

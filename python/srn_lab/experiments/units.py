@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from srn_kernels import linalg
-from srn_lab.data import DataSpec, load
+from srn_lab.data import load
+from srn_lab.data.pictures import sample_grid
 from srn_lab.measures import (
     PairKind,
     active_layers,
@@ -35,7 +36,6 @@ from srn_lab.measures.features import (
     save_lab_features,
 )
 from srn_lab.measures.scores import fid, inception_score, intra_fid, kid
-from srn_lab.data.pictures import sample_grid
 from srn_lab.training.classifier import train_classifier
 from srn_lab.training.config import ClassifierConfig, GanConfig, to_dict
 from srn_lab.training.gan import Gan, train_gan
@@ -75,6 +75,19 @@ def key(unit: Unit) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def _described(config: object) -> dict:
+    """A configuration without the paths, which differ from machine to machine."""
+    return _without(to_dict(config), ("root", "inception_weights"))
+
+
+def _without(values: dict, names: tuple[str, ...]) -> dict:
+    return {
+        name: _without(value, names) if isinstance(value, dict) else value
+        for name, value in values.items()
+        if name not in names
+    }
+
+
 @dataclass(frozen=True)
 class GanMeasures:
     """How much is measured on a GAN. ``features`` None: Inception, from ``inception_weights``."""
@@ -102,7 +115,7 @@ class FeatureUnit:
         return self.config.seed
 
     def describe(self) -> dict:
-        return to_dict(self.config)
+        return _described(self.config)
 
     def path(self, folder: Path) -> Path:
         """Its file under ``folder``."""
@@ -137,7 +150,7 @@ class GanUnit:
         return self.config.seed
 
     def describe(self) -> dict:
-        return {"config": to_dict(self.config), "measures": to_dict(self.measures)}
+        return {"config": _described(self.config), "measures": _described(self.measures)}
 
     @property
     def features(self) -> FeatureUnit | None:
@@ -260,7 +273,7 @@ class ClassifierUnit:
 
     def describe(self) -> dict:
         return {
-            "config": to_dict(self.config),
+            "config": _described(self.config),
             "record_every": self.record_every,
             "complexity_images": self.complexity_images,
         }
@@ -304,7 +317,12 @@ class LinearUnit:
     cost: float = 0.02
 
     def describe(self) -> dict:
-        return dataclasses.asdict(self)
+        return {
+            "seed": self.seed,
+            "ratios": list(self.ratios),
+            "shape": list(self.shape),
+            "pairs": self.pairs,
+        }
 
     def run(self, place: Place) -> dict:
         random = torch.Generator().manual_seed(self.seed)
@@ -353,7 +371,7 @@ class IdentityUnit:
     cost: float = 0.01
 
     def describe(self) -> dict:
-        return dataclasses.asdict(self)
+        return {"seed": self.seed}
 
     def run(self, place: Place) -> dict:
         random = torch.Generator().manual_seed(self.seed)
@@ -386,8 +404,3 @@ def _thinned(records: list[dict], name: str) -> list[float]:
     span = max(1, math.ceil(len(values) / _CURVE))
     parts = [values[i : i + span] for i in range(0, len(values), span)]
     return [float(f"{sum(part) / len(part):.6g}") for part in parts]
-
-
-def data_label(spec: DataSpec) -> str:
-    """A data set for captions."""
-    return f"{spec.name}, {spec.resolution}x{spec.resolution}"

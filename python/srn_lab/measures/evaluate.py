@@ -49,9 +49,7 @@ def evaluate(
         kind: slopes(discriminator, *draw_pairs(real, fake, kind, pairs, random)[:2])
         for kind in kinds
     }
-    return Evaluation(
-        fake, frechet_distance_pca(real, fake), histograms, spectra(discriminator)
-    )
+    return Evaluation(fake, frechet_distance_pca(real, fake), histograms, spectra(discriminator))
 
 
 def frechet_distance_pca(real: Tensor, fake: Tensor, components: int = COMPONENTS) -> float:

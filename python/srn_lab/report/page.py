@@ -38,9 +38,7 @@ def metrics(results: Results, found: list[Verdict], failures: Mapping[str, str])
     }
 
 
-def render(
-    out: Path, results: Results, found: list[Verdict], failures: Mapping[str, str]
-) -> str:
+def render(out: Path, results: Results, found: list[Verdict], failures: Mapping[str, str]) -> str:
     """The page. Sample grids are taken from ``out``/work, where their runs left them."""
     environment = Environment(
         loader=PackageLoader("srn_lab.report"),

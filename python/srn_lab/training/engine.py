@@ -32,7 +32,9 @@ class NonFiniteLossError(FloatingPointError):
     """A loss became NaN or infinite."""
 
 
-def accelerator(folder: Path | None, mixed_precision: str, *, track: bool, cpu: bool) -> Accelerator:
+def accelerator(
+    folder: Path | None, mixed_precision: str, *, track: bool, cpu: bool
+) -> Accelerator:
     """The device, processes and precision of this launch; TensorBoard under ``folder``/logs."""
     project = ProjectConfiguration(str(folder), str(folder / "logs")) if track else None
     return Accelerator(

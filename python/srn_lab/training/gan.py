@@ -53,8 +53,7 @@ class Gan:
         conditions = labels if self.config.conditional else None
         with evaluating(self.generator):
             parts = [
-                self.generator(*_moved(device, *part)).cpu()
-                for part in _split(256, z, conditions)
+                self.generator(*_moved(device, *part)).cpu() for part in _split(256, z, conditions)
             ]
         return torch.cat(parts), labels
 
@@ -304,7 +303,9 @@ def _logged(trainer: GanTrainer, record: StepRecord) -> dict[str, float]:
 
 
 def _split(size: int, *tensors: Tensor | None) -> list[tuple]:
-    parts = [[None] * (-(-len(tensors[0]) // size)) if t is None else t.split(size) for t in tensors]
+    parts = [
+        [None] * (-(-len(tensors[0]) // size)) if t is None else t.split(size) for t in tensors
+    ]
     return list(zip(*parts, strict=True))
 
 
