@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from srn_lab.normalisation import label
-from srn_lab.train import Gan, History, StepRecord, TrainConfig, train
+from srn_lab.training.config import GanConfig
+from srn_lab.training.gan import GanTrainer, StepRecord, train_gan
 
 
-def train_with_bar(config: TrainConfig, console: Console) -> tuple[Gan, History]:
-    """:func:`srn_lab.train.train`, showing steps, losses and the time left on ``console``."""
+def train_with_bar(config: GanConfig, console: Console, **keywords: Any) -> GanTrainer:
+    """:func:`srn_lab.training.gan.train_gan`, showing steps, losses and the time left."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -19,10 +22,11 @@ def train_with_bar(config: TrainConfig, console: Console) -> tuple[Gan, History]
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console) as progress:
-        name = f"training {label(config.norm, config.rank_ratio)}"
+        name = f"training {config.label}"
         task = progress.add_task(name, total=config.steps, loss_d=0.0, loss_g=0.0)
 
         def advance(record: StepRecord) -> None:
-            progress.update(task, advance=1, loss_d=record.loss_d, loss_g=record.loss_g)
+            progress.update(task, completed=record.step, loss_d=record.loss_d, loss_g=record.loss_g)
 
-        return train(config, advance)
+        hear: Callable[[StepRecord], None] = advance
+        return train_gan(config, on_step=hear, **keywords)

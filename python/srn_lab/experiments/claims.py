@@ -204,8 +204,8 @@ CLAIMS: tuple[Claim, ...] = (
         "identity_distances_exact",
         "example_a2",
         "Appendix A.2",
-        "At stable rank 2 the identity lies at 1, sqrt 2 - 1 and (sqrt 2 - 1)/sqrt 2 from its rank-2, "
-        "k = 1 and k = 0 solutions.",
+        "At stable rank 2 the identity lies at 1, sqrt 2 - 1 and (sqrt 2 - 1)/sqrt 2 from its "
+        "rank-2, k = 1 and k = 0 solutions.",
         "largest deviation from the closed forms",
         _identity_error,
         _fixed(1e-6),

@@ -1,4 +1,4 @@
-"""How large the experiments are: ``smoke`` for tests, ``cpu`` for a laptop, ``gpu`` as the paper."""
+"""How large experiments are: ``smoke`` for tests, ``cpu`` for a laptop, ``gpu`` as the paper."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Preset:
     cheap_seeds: int
     """Of experiments whose units take a second."""
     data: Mapping[str, DataSpec]
-    """By role: "first" is the paper's CIFAR-10, "second" its CIFAR-100; "faces" CelebA, where asked."""
+    """By role: "first" is the paper's CIFAR-10, "second" its CIFAR-100."""
     labels: Mapping[str, DataSpec]
     """The same for classification: "first" of the gap, "second" of further random labels."""
     gan: Mapping[str, Any]
@@ -168,7 +168,6 @@ _GPU = Preset(
     data={
         "first": DataSpec("cifar10", 32),
         "second": DataSpec("cifar100", 32),
-        "faces": DataSpec("celeba", 64),
     },
     labels={"first": DataSpec("cifar100", 32), "second": DataSpec("cifar10", 32)},
     gan={

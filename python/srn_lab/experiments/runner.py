@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
-import multiprocessing
 import shutil
-import time
 import traceback
-from collections.abc import Callable, Iterable
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from srn_lab.experiments.store import Row, Store, row_of
 from srn_lab.experiments.units import FeatureUnit, GanUnit, Place, Unit, key
+from srn_lab.processes import Tell, side_by_side
 from srn_lab.training.engine import NonFiniteLossError
-
-_POLL_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -40,9 +34,14 @@ class Workplace:
     store: Path
     download: bool = False
 
-    def place(self, unit: Unit, progress: Callable[[float], None]) -> Place:
+    @property
+    def features(self) -> Path:
+        """Where feature networks are kept."""
+        return self.out / "features"
+
+    def folder(self, unit: Unit) -> Path:
         """Where ``unit`` writes."""
-        return Place(self.out / "work" / key(unit), self.out / "features", progress, self.download)
+        return self.out / "work" / key(unit)
 
 
 def missing(units: Iterable[Unit], workplace: Workplace) -> list[Unit]:
@@ -56,8 +55,7 @@ def missing(units: Iterable[Unit], workplace: Workplace) -> list[Unit]:
         wanted.setdefault(key(unit), unit)
         if isinstance(unit, GanUnit) and unit.features is not None:
             features = unit.features
-            have = key(features) in rows and features.path(workplace.out / "features").exists()
-            if not have:
+            if key(features) not in rows or not features.path(workplace.features).exists():
                 needed.setdefault(key(features), features)
     return [*needed.values(), *wanted.values()]
 
@@ -70,8 +68,6 @@ def run_units(
     A loss that is not finite is a result, stored as failed. Interrupted, the units that run leave
     the states they saved, and the next call goes on from those.
     """
-    first = [unit for unit in units if isinstance(unit, FeatureUnit)]
-    rest = [unit for unit in units if not isinstance(unit, FeatureUnit)]
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -80,108 +76,46 @@ def run_units(
         TimeRemainingColumn(compact=True),
     )
     failures: list[Failure] = []
+    done, ended = 0.0, 0
     with Progress(*columns, console=console or Console(quiet=True)) as bar:
-        total = sum(unit.cost for unit in units)
-        task = bar.add_task(f"{len(units)} units", total=total or 1)
-        done = [0.0, 0]
+        task = bar.add_task("starting", total=sum(unit.cost for unit in units) or 1)
 
-        def advance(fractions: dict[str, float], running: dict[str, Unit]) -> None:
-            partial = sum(running[k].cost * f for k, f in fractions.items() if k in running)
-            names = ", ".join(unit.slot.split("/", 1)[-1] for unit in running.values())
-            text = f"{done[1]}/{len(units)} units, {names or 'starting'}"
-            bar.update(task, completed=done[0] + partial, description=text[:70])
+        def advance(part: list[Unit], shares: Mapping[int, float]) -> None:
+            names = ", ".join(part[index].slot.split("/", 1)[-1] for index in shares)
+            text = f"{ended}/{len(units)} units, {names or 'starting'}"
+            now = sum(part[index].cost * share for index, share in shares.items())
+            bar.update(task, completed=done + now, description=text[:70])
 
-        for part in (first, rest):
-            run = _run_here if jobs == 1 else _run_in_processes
-            for unit, outcome in run(part, workplace, jobs, advance):
-                done[0] += unit.cost
-                done[1] += 1
-                failures += _settle(unit, outcome, workplace)
-        advance({}, {})
+        # Feature networks first: GANs are measured with them.
+        for part in _halves(units):
+            calls = side_by_side(
+                partial(_run, workplace=workplace), part, jobs, partial(advance, part)
+            )
+            for index, outcome in calls:
+                unit = part[index]
+                done, ended = done + unit.cost, ended + 1
+                if isinstance(outcome, Exception):
+                    failures.append(Failure(unit, f"{type(outcome).__name__}: {outcome}"))
+                    continue
+                Store(workplace.store).append([outcome])
+                # The states are of no more use; pictures stay.
+                shutil.rmtree(workplace.folder(unit) / "state", ignore_errors=True)
+        bar.update(task, completed=done, description=f"{ended}/{len(units)} units")
     return failures
 
 
-def _settle(unit: Unit, outcome: Row | str, workplace: Workplace) -> list[Failure]:
-    if isinstance(outcome, str):
-        return [Failure(unit, outcome)]
-    Store(workplace.store).append([outcome])
-    # The states are of no more use; pictures stay.
-    shutil.rmtree(workplace.place(unit, _ignore).folder / "state", ignore_errors=True)
-    return []
+def _halves(units: list[Unit]) -> tuple[list[Unit], list[Unit]]:
+    features = [unit for unit in units if isinstance(unit, FeatureUnit)]
+    return features, [unit for unit in units if not isinstance(unit, FeatureUnit)]
 
 
-def _ignore(fraction: float) -> None:
-    """No one listens."""
-
-
-def _run_here(units, workplace, jobs, advance):
-    for unit in units:
-        running = {key(unit): unit}
-        last = [0.0]
-
-        def hear(fraction: float, running=running, last=last) -> None:
-            if time.monotonic() - last[0] > _POLL_S:
-                last[0] = time.monotonic()
-                advance(dict.fromkeys(running, fraction), running)
-
-        advance({}, running)
-        yield unit, _outcome(unit, workplace.place(unit, hear))
-
-
-def _run_in_processes(units, workplace, jobs, advance):
-    context = multiprocessing.get_context("spawn")
-    with context.Manager() as manager:
-        fractions = manager.dict()
-        pool = ProcessPoolExecutor(jobs, mp_context=context)
-        try:
-            waiting, running = list(units), {}
-            while waiting or running:
-                while waiting and len(running) < jobs:
-                    unit = waiting.pop(0)
-                    future = pool.submit(_run_in_child, unit, workplace, fractions)
-                    running[future] = unit
-                ended, _ = wait(running, timeout=_POLL_S, return_when=FIRST_COMPLETED)
-                advance(dict(fractions), {key(unit): unit for unit in running.values()})
-                for future in ended:
-                    unit = running.pop(future)
-                    fractions.pop(key(unit), None)
-                    yield unit, _of_future(future)
-        finally:
-            for process in list((pool._processes or {}).values()):
-                process.terminate()
-            pool.shutdown(wait=False, cancel_futures=True)
-
-
-def _of_future(future: Future) -> Row | str:
+def _run(unit: Unit, tell: Tell, *, workplace: Workplace) -> Row:
+    folder = workplace.folder(unit)
     try:
-        return future.result()
-    except Exception as error:
-        return f"the process ended: {error!r}"
-
-
-def _run_in_child(unit: Unit, workplace: Workplace, fractions: Any) -> Row | str:
-    torch.set_num_threads(1)
-    last = [0.0]
-
-    def tell(fraction: float) -> None:
-        if time.monotonic() - last[0] > _POLL_S:
-            last[0] = time.monotonic()
-            with contextlib.suppress(OSError):  # the parent may have gone
-                fractions[key(unit)] = fraction
-
-    return _outcome(unit, workplace.place(unit, tell))
-
-
-def _outcome(unit: Unit, place: Place) -> Row | str:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        return row_of(unit, unit.run(place))
+        return row_of(unit, unit.run(Place(folder, workplace.features, tell, workplace.download)))
     except NonFiniteLossError as error:
         return row_of(unit, {}, failed=str(error))
-    except Exception as error:
-        place.folder.mkdir(parents=True, exist_ok=True)
-        (place.folder / "error.txt").write_text(traceback.format_exc())
-        return f"{type(error).__name__}: {error}"
-    finally:
-        torch.set_num_threads(threads)
+    except Exception:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "error.txt").write_text(traceback.format_exc())
+        raise

@@ -40,7 +40,7 @@ def neural_divergence(
     seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> float:
-    """The critic's mean loss on held-out ``real`` images (N, C, H, W) and ``sample(count, random)``."""
+    """The critic's mean loss on held-out ``real`` (N, C, H, W) and on ``sample(count, random)``."""
     config = config or DivergenceConfig()
     random = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):

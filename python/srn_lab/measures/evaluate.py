@@ -43,7 +43,7 @@ def evaluate(
     kinds: Sequence[PairKind] = tuple(PairKind),
     seed: int = 0,
 ) -> Evaluation:
-    """Measure D, without classes, on real (N, C, H, W) and generated images; ``seed`` fixes pairs."""
+    """Measure D, without classes, on real and generated (N, C, H, W); ``seed`` fixes pairs."""
     random = torch.Generator().manual_seed(seed)
     histograms = {
         kind: slopes(discriminator, *draw_pairs(real, fake, kind, pairs, random)[:2])

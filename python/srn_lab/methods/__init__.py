@@ -1,4 +1,4 @@
-"""What is compared: normalisations of the discriminator's or classifier's weights, penalties, losses."""
+"""What is compared: normalisations of a network's weights, penalties, losses."""
 
 from srn_lab.methods.losses import Loss
 from srn_lab.methods.method import Method, Norm

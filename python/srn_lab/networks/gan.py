@@ -11,6 +11,7 @@ weights: :class:`srn_lab.methods.Method` does that from outside, the embedding i
 
 from __future__ import annotations
 
+import itertools
 import math
 
 from torch import Tensor, nn
@@ -100,7 +101,7 @@ class DownBlock(nn.Module):
 
 
 class Generator(nn.Module):
-    """Latent (B, latent), and labels (B,) if ``classes`` -> (B, channels, side, side) in (-1, 1)."""
+    """Latent (B, latent), labels (B,) if ``classes`` -> (B, channels, side, side) in (-1, 1)."""
 
     def __init__(
         self,
@@ -120,8 +121,7 @@ class Generator(nn.Module):
         self.base = widths[0]
         self.dense = _linear(latent, widths[0] * _BASE * _BASE)
         self.blocks = nn.ModuleList(
-            UpBlock(wide, narrow, classes)
-            for wide, narrow in zip(widths[:-1], widths[1:], strict=True)
+            UpBlock(wide, narrow, classes) for wide, narrow in itertools.pairwise(widths)
         )
         self.norm = nn.BatchNorm2d(widths[-1])
         self.to_image = _conv3x3(widths[-1], channels)

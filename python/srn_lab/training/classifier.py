@@ -34,7 +34,8 @@ class ClassifierTrainer:
             raise ValueError(f"a classifier needs classes, which {train.name} has not")
         if config.batch_size % engine.num_processes:
             raise ValueError(
-                f"batch_size {config.batch_size} does not divide by {engine.num_processes} processes"
+                f"batch_size {config.batch_size} does not divide by the number of processes, "
+                f"{engine.num_processes}"
             )
         self.config, self.engine, self.test = config, engine, test
         self.train = _training_part(config, train)

@@ -103,7 +103,8 @@ class GanTrainer:
     def __init__(self, config: GanConfig, data: Images, engine: Accelerator) -> None:
         if config.batch_size % engine.num_processes:
             raise ValueError(
-                f"batch_size {config.batch_size} does not divide by {engine.num_processes} processes"
+                f"batch_size {config.batch_size} does not divide by the number of processes, "
+                f"{engine.num_processes}"
             )
         self.config, self.engine = config, engine
         self.gan = build(config, data)
