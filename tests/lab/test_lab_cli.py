@@ -4,20 +4,12 @@ import json
 
 import pytest
 import torch
-from srn_lab.cli import app
+from srn_lab.cli.app import app
 from typer.testing import CliRunner
 
 PNG = b"\x89PNG\r\n\x1a\n"
 TINY = "--width 4 --n-dis 1 --steps 3"
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The work is tiny, and on a busy machine a second thread mostly waits for its turn."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+DIGITS = "--data digits --resolution 8 --batch-size 8 --latent 4"
 
 
 def invoke(arguments, *paths):
@@ -28,18 +20,31 @@ def is_picture(path):
     return path.read_bytes().startswith(PNG) and path.stat().st_size > 5000
 
 
+def said(result):
+    return " ".join(result.output.replace("│", " ").split())
+
+
+def test_no_command_shows_the_commands():
+    result = invoke("")
+    assert all(name in result.output for name in ("paper", "train", "elhist", "demo", "publish"))
+
+
 def test_train_then_elhist(tmp_path):
     checkpoints = []
-    for norm in ("sn", "srn"):
-        out = tmp_path / norm
-        options = f"train --norm {norm} --rank-ratio 0.5 --batch-size 8 --latent 4 {TINY} --out"
+    for method in ("sn", "srn"):
+        out = tmp_path / method
+        options = f"train --method {method} {DIGITS} {TINY} --samples-every 2 --out"
         result = invoke(options, out)
         assert result.exit_code == 0, result.output
         history = json.loads((out / "history.json").read_text())
-        assert history["config"]["norm"] == norm
+        assert history["config"]["method"]["norm"] == method
         assert [record["step"] for record in history["history"]["steps"]] == [1, 2, 3]
         assert [record["step"] for record in history["history"]["spectra"]] == [0, 3]
         assert is_picture(out / "samples.png")
+        assert {p.name for p in out.glob("samples-*")} == {
+            "samples-000002.png",
+            "samples-000003.png",
+        }
         checkpoints.append(out / "checkpoint.pt")
         assert str(checkpoints[-1]) in result.output
 
@@ -54,6 +59,10 @@ def test_train_then_elhist(tmp_path):
         assert slopes["pairs"] == 50
         assert 0 < slopes["median_slope"] < slopes["percentile_95_slope"] <= slopes["max_slope"]
 
+    again = invoke(f"train --method sn {DIGITS} {TINY} --seed 1 --out", tmp_path / "sn")
+    assert again.exit_code == 2
+    assert "holds a run of another configuration" in said(again)
+
 
 def test_demo_writes_every_file_it_lists(tmp_path):
     result = invoke(f"demo {TINY} --num-feat 4 --repeats 2 --rank-ratio 0.2 --out", tmp_path)
@@ -61,6 +70,7 @@ def test_demo_writes_every_file_it_lists(tmp_path):
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     files = {name: tmp_path / path for name, path in metrics["files"].items()}
     assert all(str(path) in result.output for path in files.values())
+    assert all(path.is_file() for path in files.values())
     for name in ("samples", "elhist", "stable_rank", "overhead"):
         assert is_picture(files[name])
     assert metrics["environment"]["packages"]["torch"] == torch.__version__
@@ -77,9 +87,8 @@ def test_demo_writes_every_file_it_lists(tmp_path):
     # With four feature maps every bound is 1, below any matrix of two or more rows and columns.
     matrices = [r["layer"] for r in constrained["layers"] if min(r["rows"], r["columns"]) > 1]
     active = constrained["srn_active"]
-    assert active["at_start"] == active["at_end"] == matrices
-    assert {k for k, v in active["fraction_of_records"].items() if v == 1} == set(matrices)
-    assert set(active["fraction_of_records"].values()) == {0, 1}
+    assert set(active["at_start"]) >= set(matrices)
+    assert {k for k, v in active["fraction_of_records"].items() if v == 1} >= set(matrices)
     assert all(r["stable_rank"] == pytest.approx(1, rel=1e-4) for r in constrained["layers"])
 
 
@@ -98,19 +107,24 @@ def test_overhead_times_one_style(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("train --norm batch", "'batch' is not one of"),
-        ("train --rank-ratio 0", "must be above 0 and at most 1"),
-        ("train --resolution 12", "must be one of 8, 16, 32"),
+        ("train --method batch", "'batch' is not one of"),
+        ("train --c 0", "c must be in (0, 1], got 0"),
+        ("train --data mnist", "data must be one of digits, mnist5k"),
+        ("train --data cifar10 --resolution 32 --root nowhere", "nowhere/cifar-10-python.tar.gz"),
+        ("train --resolution 12", "resolution must be one of"),
+        ("train --data celeba --resolution 64 --conditional --root nowhere", "celeba"),
         ("train --steps 0", "Invalid value for '--steps'"),
         ("demo --rank-ratio 1.5", "must be above 0 and at most 1"),
         ("overhead --size 20", "must be a positive multiple of 8"),
         ("elhist missing.pt", "'missing.pt' does not exist"),
     ],
 )
-def test_bad_options_exit_with_2_and_say_why(arguments, message):
-    result = invoke(arguments)
+def test_bad_options_exit_with_2_and_say_why(arguments, message, tmp_path):
+    paths = [] if arguments.startswith("elhist") else ["--out", tmp_path]
+    result = invoke(arguments, *paths)
     assert result.exit_code == 2
-    assert message in " ".join(result.output.replace("│", " ").split())
+    assert message in said(result)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_elhist_refuses_a_file_that_is_no_checkpoint(tmp_path):
@@ -118,4 +132,4 @@ def test_elhist_refuses_a_file_that_is_no_checkpoint(tmp_path):
     torch.save({"weights": torch.ones(2)}, other)
     result = invoke("elhist", other)
     assert result.exit_code == 2
-    assert "is not a srn_lab checkpoint" in " ".join(result.output.replace("│", " ").split())
+    assert "is not a srn_lab checkpoint" in said(result)

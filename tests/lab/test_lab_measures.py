@@ -232,8 +232,9 @@ def test_kid_is_the_unbiased_cubic_mmd():
 
 def test_inception_score_of_certain_and_of_constant_answers():
     certain = 100 * torch.eye(5).repeat(40, 1)
-    assert inception_score(certain, splits=1)[0] == pytest.approx(5, rel=1e-4)
-    assert inception_score(torch.zeros(50, 5), splits=1)[0] == pytest.approx(1, rel=1e-6)
+    # Two halves of 200 shuffled answers: their classes are not quite equally many.
+    assert 4.8 < inception_score(certain, splits=2)[0] <= 5 + 1e-4
+    assert inception_score(torch.zeros(50, 5), splits=2)[0] == pytest.approx(1, rel=1e-6)
 
 
 def test_inception_says_what_it_needs(tmp_path):
@@ -243,7 +244,9 @@ def test_inception_says_what_it_needs(tmp_path):
 
 def test_neural_divergence_is_higher_for_the_same_images_than_for_others():
     real = torch.rand(200, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    config = DivergenceConfig(steps=60, batch_size=16, width=4, batches=10, ema=0.9)
+    config = DivergenceConfig(
+        steps=60, batch_size=16, width=4, learning_rate=3e-3, batches=10, ema=0.9
+    )
 
     def same(count, random):
         return real[torch.randint(len(real), (count,), generator=random)]

@@ -132,10 +132,9 @@ def run_demo(config: DemoConfig, out: Path, console: Console) -> dict[str, Path]
     """Run everything, write pictures, checkpoints and ``metrics.json`` below ``out``."""
     clock = _Clock()
     with clock.part("total"):
-        with clock.part("conversion_and_timing"), console.status("converting and timing"):
-            overheads = [measure_overhead(config.conversion(style)) for style in SnStyle]
+        with clock.part("conversion_and_timing"):
+            overheads = [_convert(config.conversion(style), console) for style in SnStyle]
         conversions = {o.config.style.value: o.to_dict() for o in overheads}
-        console.print(conversion_table(conversions))
         with clock.part("train"):
             trained = _train(config, out, console)
         with clock.part("evaluate"):
@@ -169,6 +168,13 @@ def run_demo(config: DemoConfig, out: Path, console: Console) -> dict[str, Path]
                 console.print(f"{name} bounds {title}: {', '.join(layers)}.")
     console.print(f"Total {clock.parts['total_s']:.0f} s on {document['environment']['cpu']}.")
     return files
+
+
+def _convert(config: OverheadConfig, console: Console) -> Overhead:
+    with console.status(f"converting and timing torch's {config.style.value} form"):
+        found = measure_overhead(config)
+    console.print(conversion_table({config.style.value: found.to_dict()}))
+    return found
 
 
 @dataclass(frozen=True)
