@@ -21,7 +21,7 @@ def environment() -> dict:
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in _PACKAGES},
         **_checkout(),
-        "platform": platform.platform(),
+        "platform": f"{platform.system()} {platform.machine()}",
         "cpu": _cpu_name(),
         "cpu_count": os.cpu_count(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,

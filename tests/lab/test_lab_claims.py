@@ -153,7 +153,7 @@ def test_every_claim_reads_slots_that_its_experiment_has():
 def test_experiments_are_chosen_by_name_and_figure():
     assert [e.name for e in select(["fig1"])] == ["fig1a", "fig1b", "fig1c"]
     assert select([]) == list(EXPERIMENTS.values())
-    with pytest.raises(ValueError, match="experiment must be one of example_a2.* got 'fig3'"):
+    with pytest.raises(ValueError, match=r"experiment must be one of example_a2.* got 'fig3'"):
         select(["fig3"])
 
 

@@ -193,7 +193,7 @@ def test_missing_data_says_where_it_was_looked_for_and_how_to_get_it(tmp_path, n
 
 
 def test_unknown_data_and_sides_are_refused_by_name():
-    with pytest.raises(ValueError, match="data must be one of digits, mnist5k.* got 'mnist'"):
+    with pytest.raises(ValueError, match=r"data must be one of digits, mnist5k.* got 'mnist'"):
         DataSpec("mnist")
     with pytest.raises(ValueError, match="resolution must be at least 8, got 4"):
         DataSpec("digits", 4)

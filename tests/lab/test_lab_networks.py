@@ -49,7 +49,7 @@ def test_classifiers_give_logits(name):
 
 
 def test_unknown_networks_are_refused():
-    with pytest.raises(ValueError, match="network must be one of densenet40.* got 'resnet'"):
+    with pytest.raises(ValueError, match=r"network must be one of densenet40.* got 'resnet'"):
         classifier("resnet", 10)
 
 

@@ -122,7 +122,8 @@ def test_a_broken_line_in_the_middle_is_named(tmp_path):
 
 def test_a_full_disk_keeps_the_rows_before(tmp_path, monkeypatch):
     store = Store(tmp_path / "rows.jsonl")
-    store.append([row_of(Given(0), {"value": 1})])
+    rows = [row_of(Given(seed), {"value": seed}) for seed in range(2)]
+    store.append(rows[:1])
     before = store.path.read_bytes()
 
     class Full:
@@ -142,10 +143,15 @@ def test_a_full_disk_keeps_the_rows_before(tmp_path, monkeypatch):
             raise OSError(28, "No space left on device")
 
     opened = Path.open
+
+    def fills_up(path, mode="r", *arguments, **keywords):
+        file = opened(path, mode, *arguments, **keywords)
+        return Full(file) if mode == "ab" else file
+
     with monkeypatch.context() as patched:
-        patched.setattr(Path, "open", lambda self, *a, **k: Full(opened(self, *a, **k)))
+        patched.setattr(Path, "open", fills_up)
         with pytest.raises(SaveError, match=r"No space left on device; the rows before are kept"):
-            store.append([row_of(Given(1), {"value": 2})])
+            store.append(rows[1:])
     assert store.path.read_bytes() == before
 
 

@@ -178,7 +178,8 @@ def select(names: Iterable[str]) -> list[Experiment]:
     """Experiments by name, all if none is given; "fig1" is its three panels. ValueError else."""
     chosen: list[Experiment] = []
     for name in names:
-        found = [e for e in EXPERIMENTS.values() if e.name == name or e.name[:-1] == name]
+        panels = {name, *(name + panel for panel in "abc")}
+        found = [e for e in EXPERIMENTS.values() if e.name in panels]
         if not found:
             raise ValueError(f"experiment must be one of {', '.join(EXPERIMENTS)}, got {name!r}")
         chosen += [e for e in found if e not in chosen]
