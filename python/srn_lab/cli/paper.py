@@ -81,6 +81,8 @@ def publish(
 ) -> None:
     """Make docs/paper.md from the committed rows of preset cpu."""
     with one_clear_error():
+        if not DOCUMENT.is_file():
+            raise ValueError(f"publish works in a checkout; {DOCUMENT} does not exist")
         if rows is not None and rows.resolve() != COMMITTED.resolve():
             COMMITTED.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(rows, COMMITTED)
