@@ -1,5 +1,6 @@
 # make demo   sets everything up and runs the main job (pictures and metrics.json under out/)
 # make test   sets everything up and passes the tests
+# make paper  every experiment of the paper, preset cpu, JOBS side by side; interrupted, it goes on
 # make kernels    compiles every GPU kernel ahead of time; fails on spills and on lost wide loads;
 #                 FULL=1 for every kind of layer and whole models
 # make gpu-check  on a GPU machine: build, tests, bits, benchmarks, into OUT; needs no network and no
@@ -18,6 +19,8 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 OUT ?= out
 CUDA_TORCH ?= torch
+JOBS ?= 2
+PAPER_ARGS ?=
 BENCH_ARGS ?=
 TEST_ARGS ?=
 GPU_CHECK_ARGS ?=
@@ -27,7 +30,8 @@ INTERPRETED := tests/backends/test_triton_kernels.py tests/benchmarks/test_traff
 	-k "triton and not any_scale and not any_layer"
 
 # Tests of the CUDA kernels, compiled for the CPU against csrc/cuda/shim.
-EMULATED := tests/backends/test_cuda_kernels.py tests/backends/test_cuda_plan.py tests/core/test_functional.py \
+EMULATED := tests/backends/test_cuda_kernels.py tests/backends/test_cuda_plan.py \
+	tests/backends/test_cuda_host.py tests/core/test_functional.py \
 	-k "cuda and not any_scale and not any_layer"
 
 VENV := .venv
@@ -37,8 +41,8 @@ NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/* csrc/cuda/*)
 FORMATTED := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cpu/*.inc csrc/cuda/*.cu \
 	csrc/cuda/*.cpp csrc/cuda/*.h csrc/cuda/shim/*.cpp csrc/cuda/shim/*.h)
 
-.PHONY: setup demo test test-machines check-install build-cuda dist tsan lint format kernels gpu-check \
-	bench clean
+.PHONY: setup demo paper test test-machines check-install build-cuda dist tsan lint format kernels \
+	gpu-check bench clean
 
 $(VENV)/created: pyproject.toml python/pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -56,6 +60,9 @@ setup: $(VENV)/built
 
 demo: setup
 	$(BIN)/python -m srn_lab demo --out $(OUT)
+
+paper: setup
+	$(BIN)/python -m srn_lab paper --preset cpu --jobs $(JOBS) --out $(OUT)/paper $(PAPER_ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -1,6 +1,6 @@
 """``python -m srn_lab``."""
 
-from srn_lab.cli import app
+from srn_lab.cli.app import app
 
 if __name__ == "__main__":
     app(prog_name="srn_lab")

@@ -1,0 +1,406 @@
+"""The units of work: one training run or one computation each, with everything measured on it."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from srn_kernels import linalg
+from srn_lab.data import load
+from srn_lab.data.pictures import sample_grid
+from srn_lab.measures import (
+    PairKind,
+    active_layers,
+    complexity,
+    draw_pairs,
+    jacobian_norms,
+    log_product_of_norms,
+    roughness,
+    slopes,
+    spectra,
+)
+from srn_lab.measures.divergence import DivergenceConfig, neural_divergence
+from srn_lab.measures.features import (
+    Features,
+    inception_features,
+    load_lab_features,
+    save_lab_features,
+)
+from srn_lab.measures.scores import fid, inception_score, intra_fid, kid
+from srn_lab.training.classifier import train_classifier
+from srn_lab.training.config import ClassifierConfig, GanConfig, to_dict
+from srn_lab.training.gan import Gan, train_gan
+
+RESULT_VERSION = 1
+"""Part of every key: raised when the meaning of a result changes, so that old rows do not count."""
+
+_BINS = 40
+_CURVE = 60  # points of a stored curve
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a unit may write, and how it says how far it is."""
+
+    folder: Path
+    features: Path
+    progress: Callable[[float], None] = lambda fraction: None
+    download: bool = False
+
+
+class Unit(Protocol):
+    """What the store caches. ``slot`` names the part it plays in experiments, without the seed."""
+
+    slot: str
+    seed: int
+    cost: float
+
+    def describe(self) -> dict: ...
+
+    def run(self, place: Place) -> dict: ...
+
+
+def key(unit: Unit) -> str:
+    """Equal for equal configurations of the unit and of everything measured on it."""
+    text = json.dumps([RESULT_VERSION, type(unit).__name__, unit.describe()], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _described(config: object) -> dict:
+    """A configuration without the paths, which differ from machine to machine."""
+    return _without(to_dict(config), ("root", "inception_weights"))
+
+
+def _without(values: dict, names: tuple[str, ...]) -> dict:
+    return {
+        name: _without(value, names) if isinstance(value, dict) else value
+        for name, value in values.items()
+        if name not in names
+    }
+
+
+@dataclass(frozen=True)
+class GanMeasures:
+    """How much is measured on a GAN. ``features`` None: Inception, from ``inception_weights``."""
+
+    pairs: int = 2000
+    images: int = 2000
+    """Real images, and generated ones, of FID, KID, Intra-FID and the inception score."""
+    jacobian_images: int = 256
+    score_splits: int = 10
+    divergence: DivergenceConfig | None = field(default_factory=DivergenceConfig)
+    features: ClassifierConfig | None = None
+    inception_weights: str | None = None
+
+
+@dataclass(frozen=True)
+class FeatureUnit:
+    """The lab's feature network of one data set."""
+
+    config: ClassifierConfig
+    slot: str = "features"
+    cost: float = 1.0
+
+    @property
+    def seed(self) -> int:
+        return self.config.seed
+
+    def describe(self) -> dict:
+        return _described(self.config)
+
+    def path(self, folder: Path) -> Path:
+        """Its file under ``folder``."""
+        return folder / f"{key(self)}.pt"
+
+    def run(self, place: Place) -> dict:
+        epochs = self.config.epochs
+        trainer = train_classifier(
+            self.config,
+            place.folder,
+            on_epoch=lambda epoch: place.progress(epoch / epochs),
+            record_every=epochs,
+            download=place.download,
+        )
+        accuracy = trainer.curves[-1]["test_accuracy"]
+        path = self.path(place.features)
+        save_lab_features(path, trainer.network, accuracy, self.describe())
+        return {"accuracy": accuracy, "curves": trainer.curves}
+
+
+@dataclass(frozen=True)
+class GanUnit:
+    """One GAN trained and measured."""
+
+    config: GanConfig
+    measures: GanMeasures
+    slot: str
+    cost: float = 1.0
+
+    @property
+    def seed(self) -> int:
+        return self.config.seed
+
+    def describe(self) -> dict:
+        return {"config": _described(self.config), "measures": _described(self.measures)}
+
+    @property
+    def features(self) -> FeatureUnit | None:
+        """What has to be there first."""
+        config = self.measures.features
+        return None if config is None else FeatureUnit(config, f"features/{config.data.name}")
+
+    def run(self, place: Place) -> dict:
+        steps = max(self.config.steps, 1)
+        # Measuring takes a few percent of what training takes.
+        trainer = train_gan(
+            self.config,
+            place.folder,
+            on_step=lambda record: place.progress(0.95 * record.step / steps),
+            on_samples=lambda step, x: sample_grid(place.folder / f"samples-{step:06d}.png", x),
+            samples_every=max(1, steps // 4),
+            download=place.download,
+        )
+        gan = trainer.evaluated
+        sample_grid(
+            place.folder / "samples.png", gan.sample(64, torch.Generator().manual_seed(0))[0]
+        )
+        losses = [record["loss_d"] for record in trainer.history.steps]
+        return {
+            **measure_gan(gan, self.measures, self._features(place)),
+            "roughness": roughness(losses) if len(losses) >= 4 else None,
+            "curve": {name: _thinned(trainer.history.steps, name) for name in ("step", "loss_d")},
+        }
+
+    def _features(self, place: Place) -> Features:
+        if self.features is None:
+            return inception_features(self.measures.inception_weights)
+        data, needed = load(self.config.data), self.features
+        return load_lab_features(
+            needed.path(place.features),
+            needed.describe(),
+            needed.config.network,
+            data.classes,
+            data.shape[0],
+        )
+
+
+def measure_gan(gan: Gan, how: GanMeasures, features: Features) -> dict:
+    """Every measure of one GAN, in plain numbers; draws depend on the GAN's seed alone."""
+    config = gan.config
+    random = torch.Generator().manual_seed(config.seed)
+    train, test = load(config.data), load(config.data, "test")
+    chosen = torch.randperm(len(train), generator=random)[: how.images]
+    real, real_labels = train.take(chosen)
+    fake, fake_labels = gan.sample(how.images, random)
+    result: dict = {"elhist": {}, "jacobian": {}}
+    both_labels = (real_labels, fake_labels)
+    for kind in PairKind:
+        x, y, drawn = draw_pairs(
+            real, fake, kind, how.pairs, random, both_labels if config.conditional else None
+        )
+        found = slopes(gan.discriminator, x, y, None if drawn is None else (drawn, drawn))
+        result["elhist"][kind.value] = {**found.summary(), "histogram": histogram(found.values)}
+    for name, images, labels in (("real", real, real_labels), ("fake", fake, fake_labels)):
+        conditions = labels[: how.jacobian_images] if config.conditional else None
+        norms = jacobian_norms(gan.discriminator, images[: how.jacobian_images], conditions)
+        result["jacobian"][name] = {
+            "mean": norms.mean().item(),
+            "percentile_95": torch.quantile(norms, 0.95).item(),
+            "histogram": histogram(norms),
+        }
+    layers = spectra(gan.discriminator)
+    result["log_product_of_norms"] = log_product_of_norms(gan.discriminator)
+    result["layers"] = [dataclasses.asdict(layer) for layer in layers]
+    result["active"] = active_layers(layers, config.method)
+    result["scores"] = _scores(real, real_labels, fake, fake_labels, how, features, config)
+    result["features"] = {"name": features.name, "accuracy": features.accuracy}
+    if how.divergence is not None:
+        result["divergence"] = neural_divergence(
+            test.images,
+            lambda count, r: gan.sample(count, r)[0],
+            how.divergence,
+            seed=config.seed,
+            device=next(gan.generator.parameters()).device,
+        )
+    return result
+
+
+def _scores(
+    real: Tensor,
+    real_labels: Tensor,
+    fake: Tensor,
+    fake_labels: Tensor,
+    how: GanMeasures,
+    features: Features,
+    config: GanConfig,
+) -> dict[str, float]:
+    of_real, _ = features(real)
+    of_fake, logits = features(fake)
+    mean, deviation = inception_score(logits, how.score_splits)
+    scores = {
+        "fid": fid(of_real, of_fake),
+        "kid": kid(of_real, of_fake),
+        "inception_score": mean,
+        "inception_score_deviation": deviation,
+    }
+    if config.conditional:
+        scores["intra_fid"] = intra_fid(of_real, real_labels, of_fake, fake_labels)
+    return scores
+
+
+@dataclass(frozen=True)
+class ClassifierUnit:
+    """One classifier trained, its gap followed and its sample complexity measured at the end."""
+
+    config: ClassifierConfig
+    slot: str
+    record_every: int = 1
+    complexity_images: int = 500
+    cost: float = 1.0
+
+    @property
+    def seed(self) -> int:
+        return self.config.seed
+
+    def describe(self) -> dict:
+        return {
+            "config": _described(self.config),
+            "record_every": self.record_every,
+            "complexity_images": self.complexity_images,
+        }
+
+    def run(self, place: Place) -> dict:
+        config = self.config
+        trainer = train_classifier(
+            config,
+            place.folder,
+            on_epoch=lambda epoch: place.progress(0.95 * epoch / config.epochs),
+            record_every=self.record_every,
+            download=place.download,
+        )
+        last = trainer.curves[-1]
+        part = trainer.train.subset(torch.arange(min(self.complexity_images, len(trainer.train))))
+        result = {
+            **{name: value for name, value in last.items() if name != "epoch"},
+            "gap_accuracy": abs(last["train_accuracy"] - last["test_accuracy"]),
+            "gap_loss": abs(last["train_loss"] - last["test_loss"]),
+            "curves": trainer.curves,
+            "layers": [dataclasses.asdict(layer) for layer in spectra(trainer.network)],
+        }
+        # Margins over the training images, as in the bounds; a network may have none above 0.
+        try:
+            found = complexity(trainer.network, part.images, part.labels)
+        except ValueError as error:
+            return {**result, "complexity": None, "complexity_missing": str(error)}
+        return {**result, "complexity": found.summary()}
+
+
+@dataclass(frozen=True)
+class LinearUnit:
+    """Section 3's two linear layers: lower rank, lower empirical Lipschitz constant, same norms."""
+
+    seed: int
+    slot: str = "linear"
+    ratios: tuple[float, ...] = (1.0, 0.5, 0.3, 0.2, 0.1)
+    shape: tuple[int, int, int] = (64, 256, 32)
+    """Inputs, hidden units, outputs."""
+    pairs: int = 4000
+    cost: float = 0.02
+
+    def describe(self) -> dict:
+        return {
+            "seed": self.seed,
+            "ratios": list(self.ratios),
+            "shape": list(self.shape),
+            "pairs": self.pairs,
+        }
+
+    def run(self, place: Place) -> dict:
+        random = torch.Generator().manual_seed(self.seed)
+
+        def gaussian(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=random, dtype=torch.float64)
+
+        inputs, hidden, outputs = self.shape
+        weights = [gaussian(hidden, inputs), gaussian(outputs, hidden)]
+        difference = gaussian(self.pairs, inputs) - gaussian(self.pairs, inputs)
+        found = []
+        for ratio in self.ratios:
+            normed = [_constrained(weight, ratio) for weight in weights]
+            product = normed[1] @ normed[0]
+            slope = (difference @ product.t()).norm(dim=1) / difference.norm(dim=1)
+            found.append(
+                {
+                    "c": ratio,
+                    "mean_slope": slope.mean().item(),
+                    "jacobian_norm": torch.linalg.matrix_norm(product, 2).item(),
+                    "product_of_norms": math.prod(
+                        torch.linalg.matrix_norm(w, 2).item() for w in normed
+                    ),
+                }
+            )
+        return {"ratios": found}
+
+
+def _constrained(weight: Tensor, ratio: float) -> Tensor:
+    normed = weight / torch.linalg.matrix_norm(weight, 2)
+    if ratio == 1:
+        return normed
+    target = max(1.0, ratio * min(weight.shape))
+    return linalg.nearest_with_stable_rank(normed, target, method="svd")[0]
+
+
+@dataclass(frozen=True)
+class IdentityUnit:
+    """Appendix A.2: the identity matrix at stable rank 2, in a random orthogonal basis.
+
+    Rank minimisation against SRN with k = 1 and k = 0, whose distances are known exactly.
+    """
+
+    seed: int
+    slot: str = "identity"
+    cost: float = 0.01
+
+    def describe(self) -> dict:
+        return {"seed": self.seed}
+
+    def run(self, place: Place) -> dict:
+        random = torch.Generator().manual_seed(self.seed)
+        weight = torch.linalg.qr(torch.randn(3, 3, generator=random, dtype=torch.float64))[0]
+        u, s, vt = torch.linalg.svd(weight)
+        found = {
+            "rank minimisation": (u[:, :2] * s[:2]) @ vt[:2],
+            "SRN, k = 1": linalg.nearest_with_stable_rank(weight, 2.0, 1, method="svd")[0],
+            "SRN, k = 0": linalg.nearest_with_stable_rank(weight, 2.0, 0, method="svd")[0],
+        }
+        return {
+            name: {
+                "distance": (weight - matrix).norm().item(),
+                "sigma": torch.linalg.matrix_norm(matrix, 2).item(),
+                "stable_rank": linalg.stable_rank(matrix).item(),
+            }
+            for name, matrix in found.items()
+        }
+
+
+def histogram(values: Tensor) -> dict:
+    """Counts of ``values`` in equal bins from 0 to their largest."""
+    top = max(values.max().item(), 1e-12)
+    return {"top": top, "counts": torch.histc(values, _BINS, 0, top).int().tolist()}
+
+
+def _thinned(records: list[dict], name: str) -> list[float]:
+    """A curve as means over equal spans, at most ``_CURVE`` of them."""
+    values = [record[name] for record in records]
+    span = max(1, math.ceil(len(values) / _CURVE))
+    parts = [values[i : i + span] for i in range(0, len(values), span)]
+    return [float(f"{sum(part) / len(part):.6g}") for part in parts]

@@ -1,0 +1,1 @@
+"""Pictures, tables, the page and the document; all from stored rows."""

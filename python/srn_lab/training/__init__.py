@@ -1,0 +1,1 @@
+"""Training of GANs and classifiers on Hugging Face accelerate, resumable bit for bit."""

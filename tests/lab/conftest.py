@@ -1,0 +1,12 @@
+"""The lab's networks are tiny here; on a busy machine a second thread mostly waits for its turn."""
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
