@@ -4,7 +4,7 @@ Source: Sanyal, Torr, Dokania, "Stable Rank Normalization for Improved Generaliz
 Networks and GANs" (arXiv 1906.04659).
 """
 
-from srn_kernels import functional, linalg, reference
+from srn_kernels import functional, linalg, moved, reference
 from srn_kernels.backends import available_backends, use_backend
 from srn_kernels.backends.cpu import empty_cache
 from srn_kernels.core.autograd import StableRankNormFunction
@@ -32,7 +32,9 @@ from srn_kernels.tools.parametrization import StableRankNorm
 from srn_kernels.tools.projection import Projection, project_after_step
 from srn_kernels.tools.report import History, Report, report
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
+
+moved.install()
 
 __all__ = [
     "History",

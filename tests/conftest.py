@@ -36,6 +36,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="build csrc/cuda for the CPU and let it serve CPU tensors as the cuda backend",
     )
 
+    parser.addoption(
+        "--histories",
+        type=int,
+        default=40,
+        help="how many random histories of tests/behaviour/test_histories.py",
+    )
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "history" in metafunc.fixturenames:
+        metafunc.parametrize("history", range(metafunc.config.getoption("histories")))
+
 
 def pytest_configure(config: pytest.Config) -> None:
     if (device := config.getoption("--device")) != "cpu":

@@ -230,7 +230,7 @@ def finish(
 ) -> None:
     """What a round leaves in its weights: u and v that fit, and its own record."""
     for entry, weight, n in zip(seen.entries, seen.weights, iterations, strict=True):
-        if n > 0 or entry.fit.state is State.UNSEEN:
+        if n > 0 or entry.fit.parameter is None:
             entry.fit.moved(weight)
     recompute.link_waiting(root, seen.entries, before)
     if not torch.is_grad_enabled():  # a reentrant checkpoint's, perhaps

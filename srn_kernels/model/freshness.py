@@ -37,9 +37,8 @@ class Freshness:
     """The state of one weight's u and v.
 
     Events: :meth:`become` (wrapped, converged, moved, loaded, copied, cast, sharded),
-    :meth:`forget` (a compiled round moved them, or a checkpoint brings them) and
-    :attr:`backward_seen` (a backward has reached a round of this weight since they last moved). The
-    question is :meth:`now`.
+    :meth:`forget` (a compiled round moved them) and :attr:`backward_seen` (a backward has reached a
+    round of this weight since they last moved). The question is :meth:`now`.
 
     NEW is formed anew at the first round, because a weight may have been initialised through
     ``.data``, or made equal over ranks, since it was wrapped, and because the same weight then
@@ -49,7 +48,7 @@ class Freshness:
     __slots__ = ("backward_seen", "managed", "parameter", "state", "vectors", "version")
 
     def __init__(self) -> None:
-        self.state = State.UNSET
+        self.state = State.UNSET  # UNSEEN is FRESH of no weight
         self.parameter: Tensor | None = None  # the weight that u and v belong to,
         self.version = -1  # and what version_of said of it then
         self.vectors: tuple[int, int] | None = None  # NEW: versions of u and v
@@ -67,6 +66,8 @@ class Freshness:
     def now(self, weight: Tensor, u: Tensor, v: Tensor) -> State:
         """The state in view of the weight, u and v as they are."""
         if self.state is State.NEW or self.state is State.FRESH:
+            if self.parameter is None:
+                return State.UNSEEN
             if self._is_written(weight):
                 return State.STALE
             if self.state is State.NEW and self.vectors != (version_of(u), version_of(v)):
@@ -78,7 +79,7 @@ class Freshness:
         known = self.parameter
         if weight is not known:
             # torch.func.functional_call puts plain tensors in the place of Parameters
-            if known is None or not isinstance(weight, nn.Parameter):
+            if not isinstance(weight, nn.Parameter):
                 return False
             if not (self.managed or is_split(weight) != is_split(known)):
                 return True
@@ -88,13 +89,14 @@ class Freshness:
 
     def become(
         self, state: State, weight: Tensor, u: Tensor | None = None, v: Tensor | None = None
-    ):
+    ) -> None:
         """Takes a state, of the weight (and, for NEW, of u and v) as they are now."""
-        self.state, self.backward_seen = state, False
+        self.backward_seen = False
         self.vectors = (version_of(u), version_of(v)) if state is State.NEW else None
         if state is State.UNSEEN:
-            self.parameter = None
+            self.state, self.parameter = State.FRESH, None
             return
+        self.state = state
         if not isinstance(weight, nn.Parameter):
             return
         if self.managed and not is_split(weight):  # gathered: the shards are what is written
@@ -113,9 +115,8 @@ class Freshness:
             self.become(State.FRESH, weight)
 
     def forget(self) -> None:
-        """u and v belong to the weight that the next eager look finds, whatever it is."""
-        if self.state is State.NEW or self.state is State.FRESH:
-            self.state, self.parameter, self.vectors = State.UNSEEN, None, None
+        """NEW and FRESH become UNSEEN. Writes alone: a compiled round guards what it reads."""
+        self.parameter = self.vectors = None
 
     def written(self, weight: Tensor) -> int:
         """The version of what optimisers write, also while FSDP2 shows a gathered weight."""

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NoReturn
 
-from torch import Tensor, nn
-from torch._guards import detect_fake_mode
+from torch import nn
 from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 
 from srn_kernels.model.weight import NormalizedWeight
@@ -51,15 +50,6 @@ def refuse_surroundings(entries: Sequence[NormalizedWeight]) -> None:
             f"{entry.label!r} is normalised, and opacus' hooks would give the per-sample "
             "gradients of W_hat for its own; use torch.func (grad and vmap over "
             "functional_call), or srn_kernels.export(model)"
-        )
-
-
-def refuse_fake(weight: Tensor, label: str) -> None:
-    """Raises where tensors hold no numbers: u and v could not be formed, nor told stale."""
-    if detect_fake_mode([weight]) is not None:
-        raise RuntimeError(
-            f"{label} cannot be normalised under FakeTensorMode, which gives tensors no numbers; "
-            'normalise outside it, or build the model under torch.device("meta")'
         )
 
 

@@ -196,6 +196,7 @@ def group_of(root: nn.Module) -> Group:
         root.__dict__[GROUP] = Group(root)
     hooks.hook(root, _root_enter, _root_exit, outermost=True)
     hooks.guard(root, _root_before, _root_after)
+    root.__dict__["_get_name"] = Named(root)
     return root.__dict__[GROUP]
 
 
@@ -203,6 +204,7 @@ def drop_group(root: nn.Module) -> None:
     hooks.unhook(root, _root_enter, _root_exit)
     hooks.unguard(root, _root_before)
     root.__dict__.pop(GROUP, None)
+    _unname(root)
 
 
 # --- hooks of a layer -----------------------------------------------------------------------------
@@ -288,7 +290,12 @@ def unhook_layer(module: nn.Module) -> None:
     hooks.unhook(module, _layer_enter, _layer_exit)
     hooks.unguard(module, _layer_before)
     module.__dict__.pop("__prepare_scriptable__", None)
-    module.__dict__.pop("_get_name", None)
+    _unname(module)
+
+
+def _unname(module: nn.Module) -> None:
+    if KEY not in module.__dict__ and GROUP not in module.__dict__:
+        module.__dict__.pop("_get_name", None)
 
 
 def _check_hooks(module: nn.Module, ours: Any, what: str) -> None:

@@ -102,11 +102,11 @@ def look(entries: Sequence[NormalizedWeight]) -> Seen:
     layers, weights, us, vs, training, fits = [], [], [], [], [], []
     for entry in entries:
         module, name = entry.sites[0]
-        attributes, layer = module.__dict__, entry.layer
+        attributes, layer = module.__dict__, None if compiling else entry.layer
         weight, buffers = attributes["_parameters"].get(name), attributes["_buffers"]
         if weight is None:
             raise hidden(module, name, entry.label)
-        fit = entry.fit.fits(weight)
+        fit = compiling or entry.fit.fits(weight)
         if (
             layer is None
             or layer.settings is not entry.settings

@@ -15,7 +15,6 @@ from srn_kernels import backends
 from srn_kernels.maths.matrix import state_dtype
 from srn_kernels.model import foreign, settings
 from srn_kernels.model.attach import normalized_by
-from srn_kernels.model.refuse import refuse_fake
 from srn_kernels.model.settings import Settings, nearest, split_dim
 from srn_kernels.model.weight import KEY, NormalizedWeight, check_weight, is_split
 
@@ -78,7 +77,6 @@ def prepare_entry(
         )
     weight = module._parameters[name]
     check_weight(module, weight, label)
-    refuse_fake(weight, label)
     options, dim = split_dim(options)
     known = Settings(dim=_resolve_dim(module, weight, dim, label), **options)
     for suffix in ("_u", "_v", "_gain") if known.gain else ("_u", "_v"):

@@ -60,8 +60,8 @@ class NormalizedWeight:
     def __getstate__(self) -> dict[str, Any]:
         if self.shadowed:
             raise RuntimeError(
-                f"layer {self.label!r} shows W_hat in place of its Parameter, inside a forward or "
-                "shared_round; copy the model outside"
+                f"a model cannot be copied or pickled inside a forward or a shared_round, where "
+                f"{self.label!r} is in use; do it afterwards"
             )
         state = {k: v for k, v in self.__dict__.items() if k not in _PASSING}
         state["fit"] = (self.fit.now(self.weight, self.u, self.v), self.fit.managed)
@@ -196,8 +196,10 @@ class NormalizedWeight:
 def hidden(module: nn.Module, name: str, label: str) -> RuntimeError:
     """The error for a Parameter that something else has put aside."""
     if parametrize.is_parametrized(module, name):
+        kinds = ", ".join(type(p).__name__ for p in module.parametrizations[name])
         cause = (
-            "a parametrization was registered over it; remove it, and parametrize before wrapping"
+            f"the parametrization {kinds} was put over it; take it off "
+            "(torch.nn.utils.parametrize.remove_parametrizations), and parametrize before wrapping"
         )
     elif name + "_orig" in module._parameters:
         cause = (
@@ -205,9 +207,9 @@ def hidden(module: nn.Module, name: str, label: str) -> RuntimeError:
             "that off, and prune before wrapping"
         )
     elif name in module._parameters:
-        cause = "it is None; set a Parameter, or remove_stable_rank_norm first"
+        cause = "it is None; set it again"
     else:
-        cause = "it was deleted; set a Parameter, or remove_stable_rank_norm first"
+        cause = "it was deleted or moved; set it again"
     return RuntimeError(
         f"layer {label!r} cannot be normalised: {type(module).__name__}.{name} is no longer its "
         f"Parameter: {cause}"

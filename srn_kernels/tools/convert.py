@@ -13,7 +13,6 @@ from srn_kernels.model import foreign, root, wrap
 from srn_kernels.model.attach import attach
 from srn_kernels.model.foreign import Found
 from srn_kernels.model.formats import Origin
-from srn_kernels.model.refuse import refuse_fake
 from srn_kernels.model.select import check_backend
 from srn_kernels.model.settings import Options, Settings, plain, takes_options
 from srn_kernels.model.weight import FORM, NormalizedWeight, check_weight
@@ -123,7 +122,6 @@ def _look(model: nn.Module, asked: dict[str, Any]) -> tuple[list[_Taken], list[t
                 continue
             weight = known.raw_weight(found)
             check_weight(found.module, weight, label)
-            refuse_fake(weight, label)
             own = known.own_settings(found, weight)
             if reason := known.difference(found, weight, own):
                 left_out.append((label, reason))

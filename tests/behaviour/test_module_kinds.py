@@ -273,11 +273,11 @@ def test_weights_without_elements_are_left_out() -> None:
 
 def test_complex_weights_are_refused_by_name() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3, dtype=torch.complex64))
-    with pytest.raises(TypeError, match=r"1\.weight must be real floating-point.*complex64"):
+    with pytest.raises(TypeError, match=r"1\.weight must be a real floating-point.*complex64"):
         srn.apply_stable_rank_norm(model)
     assert not wrapped_layers(model)
     nn.utils.parametrizations.spectral_norm(model[1])
-    with pytest.raises(TypeError, match=r"1\.weight must be real floating-point.*complex64"):
+    with pytest.raises(TypeError, match=r"1\.weight must be a real floating-point.*complex64"):
         srn.convert_spectral_norm(model)
     assert nn.utils.parametrize.is_parametrized(model[1])
 

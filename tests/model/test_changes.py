@@ -45,11 +45,13 @@ def double(layer: nn.Module) -> nn.Module:
 
 HIDDEN = {
     "pruned": (prune_it, "another hook keeps it as weight_orig .*prune"),
-    "torch's hook": (nn.utils.spectral_norm, "another hook keeps it as weight_orig"),
-    "parametrized": (double, "a parametrization was registered over it"),
-    "torch's parametrization": (parametrizations.spectral_norm, "a parametrization was registered"),
-    "deleted": (delete_it, "it was deleted; set a Parameter"),
-    "None": (drop_it, "it is None; set a Parameter"),
+    "parametrized": (double, "the parametrization Double was put over it"),
+    "torch's parametrization": (
+        parametrizations.spectral_norm,
+        "the parametrization _SpectralNorm was put over it",
+    ),
+    "deleted": (delete_it, "it was deleted or moved; set it again"),
+    "None": (drop_it, "it is None; set it again"),
 }
 
 
@@ -244,7 +246,7 @@ def test_a_copy_inside_a_shared_round_is_refused_by_name() -> None:
     model = wrapped()
     with (
         srn.shared_round(model),
-        pytest.raises(RuntimeError, match=r"'conv\.weight'.* copy the model outside"),
+        pytest.raises(RuntimeError, match=r"copied or pickled inside.*'conv\.weight'"),
     ):
         copy.deepcopy(model)
     copy.deepcopy(model)

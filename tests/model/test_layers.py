@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import pickle
 
 import pytest
 import torch
@@ -135,7 +136,7 @@ def test_weights_that_are_not_real_floating_point_raise(dtype: torch.dtype) -> N
     model = Discriminator()
     model.head.weight = nn.Parameter(model.head.weight.detach().to(dtype), requires_grad=False)
     before = snapshot(model)
-    with pytest.raises(TypeError, match=r"head\.weight must be real floating-point"):
+    with pytest.raises(TypeError, match=r"head\.weight must be a real floating-point"):
         srn.apply_stable_rank_norm(model)
     assert_untouched(model, before)
 
@@ -408,3 +409,10 @@ def test_info_lists_every_backend(capsys: pytest.CaptureFixture[str]) -> None:
         assert (
             f"backend {name}: {'live' if reason is None else 'not available: ' + reason}" in printed
         )
+
+
+@pytest.mark.parametrize("module", ["state", "rounds", "checkpoint"])
+def test_a_whole_model_pickle_of_an_older_version_names_state_dict(module: str) -> None:
+    pickled = f"csrn_kernels.{module}\nNormalizedWeight\n.".encode()
+    with pytest.raises(ModuleNotFoundError, match=r"before 0\.2.*state_dict"):
+        pickle.loads(pickled)

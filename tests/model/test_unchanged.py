@@ -196,7 +196,7 @@ def test_an_interrupt_within_leaves_the_model_as_it_was(
     monkeypatch.setattr(wrap, "attach", interrupting(attach.attach))
     monkeypatch.setattr(convert, "attach", interrupting(attach.attach))
     monkeypatch.setattr(root, "hook_layer", interrupting(root.hook_layer))
-    monkeypatch.setattr(root, "round_of", interrupting(root.round_of))
+    monkeypatch.setattr(root, "group_of", interrupting(root.group_of))
     monkeypatch.setattr(wrap, "_hook_readers", interrupting(wrap._hook_readers))
     try:
         getattr(srn, function)(**arguments(model))

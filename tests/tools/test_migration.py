@@ -140,7 +140,7 @@ def test_a_wrapper_alone_and_a_wrong_model_are_refused() -> None:
     mixed = nn.Sequential(
         Wrapper(nn.Linear(4, 4)), legacy_spectral_norm(nn.Linear(4, 4, dtype=torch.complex64))
     )
-    with pytest.raises(TypeError, match=r"1\.weight must be real floating-point"):
+    with pytest.raises(TypeError, match=r"1\.weight must be a real floating-point"):
         srn.convert_spectral_norm(mixed)
     assert type(mixed[0]) is Wrapper
     assert "weight_orig" in mixed[1]._parameters
