@@ -54,14 +54,14 @@ def _note(name: str, entry: NormalizedWeight) -> str:
 
 
 class TorchHook(OwnHook):
-    """Does nothing in a forward. torch.nn.utils.remove_spectral_norm finds it, and so does
+    """A layer's forward pre-hook. torch.nn.utils.remove_spectral_norm finds it, and so does
     torch.nn.utils.spectral_norm, which then refuses to normalise the parameter once more."""
 
     def __init__(self, name: str) -> None:
         super().__init__(name)
 
     def __call__(self, module: nn.Module, inputs: Any) -> None:
-        return None
+        root.enter_layer(module, inputs)
 
     def compute_weight(self, module: nn.Module, do_power_iteration: bool) -> Tensor:
         return current_weights([module.__dict__[KEY][self.name]])[0]
@@ -83,8 +83,8 @@ def attach(entry: NormalizedWeight, state: tuple[Tensor, Tensor] | None = None) 
         module.__dict__.setdefault("_apply", KeepState(module))
         if not isinstance(module.__dict__.get("extra_repr"), Shown):
             module.__dict__["extra_repr"] = Shown(module)
+        module.__dict__.setdefault(root.HOOKS, {})[name] = TorchHook(name)
         root.hook_layer(module)
-        module.register_forward_pre_hook(TorchHook(name))
         loading.hook_loading(module)
 
 
@@ -99,12 +99,11 @@ def detach(entry: NormalizedWeight, keep: TorchHook | None = None) -> None:
             module._non_persistent_buffers_set.discard(name + suffix)
         if entry.settings.gain:
             module._parameters.pop(name + "_gain", None)
-        hooks = module._forward_pre_hooks
-        for key, hook in list(hooks.items()):
-            if isinstance(hook, TorchHook) and hook.name == name and hook is not keep:
-                del hooks[key]
+        hook = module.__dict__.get(root.HOOKS, {}).pop(name, None)
+        for key in [k for k, f in module._forward_pre_hooks.items() if f is hook is not keep]:
+            del module._forward_pre_hooks[key]
         if not entries:
-            for key in (KEY, FORM, "_apply"):
+            for key in (KEY, FORM, root.HOOKS, "_apply"):
                 module.__dict__.pop(key, None)
             shown = module.__dict__.pop("extra_repr", None)
             if isinstance(shown, Shown) and shown.before is not None:

@@ -16,7 +16,7 @@ def hook(module: nn.Module, before: Callable, after: Callable, outermost: bool) 
         module.register_forward_hook(after, prepend=not outermost, always_call=True)
 
 
-def unhook(module: nn.Module, before: Callable, after: Callable) -> None:
+def unhook(module: nn.Module, before: Callable | None, after: Callable | None) -> None:
     for hooks, function in (
         (module._forward_pre_hooks, before),
         (module._forward_hooks, after),
@@ -51,13 +51,14 @@ class Guard:
         return self.__wrapped__.__code__
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        module, forward, alone = self.module, self.inner, False
-        if not torch.compiler.is_compiling():
-            module, alone = self.before(module)
+        forward = self.inner
+        module, alone = self.before(self.module)
         if forward is None:
             forward, args = type(module).forward, (module, *args)
         if torch.compiler.is_compiling():
-            return forward(*args, **kwargs)
+            result = forward(*args, **kwargs)
+            self.after(module)
+            return result
         try:
             return forward(*args, **kwargs)
         except Exception:

@@ -21,6 +21,7 @@ from srn_kernels.model.refuse import Named, refuse_script
 from srn_kernels.model.weight import KEY, NormalizedWeight, Owner
 
 GROUP = "_srn_group"  # root.__dict__[GROUP]: its Group
+HOOKS = "_srn_hooks"  # module.__dict__[HOOKS]: {parameter name: forward pre-hook}
 READERS = "_srn_reads"  # module.__dict__[READERS]: children whose weights it reads itself
 
 _REPLICA = (
@@ -177,16 +178,19 @@ _end_untraced = torch.compiler.disable(end, reason=_UNTRACED)
 def _root_before(root: nn.Module) -> tuple[nn.Module, bool]:
     """Begins the round of a root's forward."""
     group: Group | None = root.__dict__.get(GROUP)
+    if torch.compiler.is_compiling():  # its hooks are traced
+        return root, False
     running = root if group is None else called(group)
     if running is not None:
         return running, False
-    _check_hooks(root, _root_enter, f"model {type(root).__name__}")
+    if _root_enter not in root._forward_pre_hooks.values():
+        raise _hooks_gone(f"model {type(root).__name__}")
     _begin_round(group, root)
     return root, True
 
 
 def _root_after(root: nn.Module) -> None:
-    if GROUP in root.__dict__:
+    if GROUP in root.__dict__ and not torch.compiler.is_compiling():
         end(root.__dict__[GROUP])
 
 
@@ -229,65 +233,83 @@ def _is_served(module: nn.Module) -> bool:
     """Whether a call of a layer finds the W_hat of a round around it."""
     for entry in module.__dict__.get(KEY, {}).values():
         shadow = entry.shadow
-        if shadow is None or shadow.root is module or shadow.shared:
+        if shadow is None or shadow.shared or shadow.root is module:
             return False
         if shadow.thread != threading.get_ident():
             return False
     return READERS not in module.__dict__
 
 
-def _layer_enter(module: nn.Module, args: Any) -> None:
-    if torch.compiler.is_compiling():
-        compiled.enter_layer(module, _own_entries(module))
+def enter_layer(module: nn.Module, args: Any) -> None:
+    """The forward pre-hook of a layer: its guard begins and ends, wherever a call comes to it."""
+    guard = module.__dict__.get("forward")
+    if type(guard) is hooks.Guard and guard.module is module:  # the usual case
         return
     for entry in module.__dict__.get(KEY, {}).values():
-        if entry.sites[0][0] is not module and all(m is not module for m, _ in entry.sites):
+        if all(m is not module for m, _ in entry.sites):
             if hasattr(module, "_is_replica"):
                 raise RuntimeError(_REPLICA)
             raise _shallow(f"layer {entry.label!r}")
-    if _is_served(module):  # the usual case
-        if module.training and not torch.is_grad_enabled():
-            recompute.note_use(_own_entries(module))
+    if hooks.is_guarded(module, _layer_before):
         return
-    if getattr(module, "_is_replica", False):
-        raise RuntimeError(_REPLICA)
-    if not hooks.is_guarded(module, _layer_before):
+    if torch.compiler.is_compiling():
+        raise RuntimeError(
+            f"the forward of {type(module).__name__} was replaced after wrapping, which a compiled "
+            "layer would not notice; replace it before"
+        )
+    if not _is_served(module):
         begin(module, module, _own_entries(module))
+        module.register_forward_hook(_leave_once, always_call=True)
 
 
-def _layer_exit(module: nn.Module, args: Any, output: Any) -> None:
-    if compiled.leave_layer(module):
-        return
-    if not torch.compiler.is_compiling():
-        end(module)
+def _leave_once(module: nn.Module, args: Any, output: Any) -> None:
+    hooks.unhook(module, None, _leave_once)
+    end(module)
 
 
 def _layer_before(module: nn.Module) -> tuple[nn.Module, bool]:
     """Begins the round of a layer's own forward, outside any other."""
-    entries = _own_entries(module)
-    if all(e.shadow is not None for e in entries):
+    if torch.compiler.is_compiling():
+        compiled.enter_layer(module, _own_entries(module))
+        return module, True
+    if _is_served(module):
+        if module.training and not torch.is_grad_enabled():
+            recompute.note_use(_own_entries(module))
         return module, False
-    _check_hooks(module, _layer_enter, f"layer {entries[0].label!r}")
+    if called(module) is module:
+        return module, False
+    entries = _own_entries(module)
+    if not is_hooked(module):
+        raise _hooks_gone(f"layer {entries[0].label!r}")
     begin(module, module, entries)
     return module, True
 
 
+def _layer_after(module: nn.Module) -> None:
+    if torch.compiler.is_compiling():
+        compiled.leave_layer(module)
+    else:
+        end(module)
+
+
 def hook_layer(module: nn.Module) -> None:
     """A wrapped module called outside a round normalises itself."""
-    hooks.hook(module, _layer_enter, _layer_exit, outermost=False)
-    hooks.guard(module, _layer_before, end)
+    for hook in module.__dict__.get(HOOKS, {}).values() or [enter_layer]:
+        if hook not in module._forward_pre_hooks.values():
+            module.register_forward_pre_hook(hook)
+    hooks.guard(module, _layer_before, _layer_after)
     module.__dict__["__prepare_scriptable__"] = refuse_script  # where torch.jit.script asks first
     module.__dict__["_get_name"] = Named(module)
 
 
 def is_hooked(module: nn.Module) -> bool:
     """Whether the hooks of :func:`hook_layer` are still on."""
-    before, after = module._forward_pre_hooks.values(), module._forward_hooks.values()
-    return _layer_enter in before and _layer_exit in after
+    ours = module.__dict__.get(HOOKS, {}).values() or [enter_layer]
+    return all(hook in module._forward_pre_hooks.values() for hook in ours)
 
 
 def unhook_layer(module: nn.Module) -> None:
-    hooks.unhook(module, _layer_enter, _layer_exit)
+    hooks.unhook(module, enter_layer, None)
     hooks.unguard(module, _layer_before)
     module.__dict__.pop("__prepare_scriptable__", None)
     _unname(module)
@@ -298,13 +320,12 @@ def _unname(module: nn.Module) -> None:
         module.__dict__.pop("_get_name", None)
 
 
-def _check_hooks(module: nn.Module, ours: Any, what: str) -> None:
-    if ours not in module._forward_pre_hooks.values():
-        raise RuntimeError(
-            f"the forward hooks that normalise {what} were taken off; put them back with "
-            "srn_kernels.fuse(model), or end normalisation with "
-            "srn_kernels.remove_stable_rank_norm(model)"
-        )
+def _hooks_gone(what: str) -> RuntimeError:
+    return RuntimeError(
+        f"the forward hooks that normalise {what} were taken off; put them back with "
+        "srn_kernels.fuse(model), or end normalisation with "
+        "srn_kernels.remove_stable_rank_norm(model)"
+    )
 
 
 # --- models ---------------------------------------------------------------------------------------
