@@ -10,7 +10,7 @@ import subprocess
 import pytest
 from PIL import Image
 from srn_lab.cli.app import app
-from srn_lab.cli.paper import COMMITTED, DOCUMENT
+from srn_lab.cli.paper import COMMITTED, DOCUMENTS
 from srn_lab.experiments.catalogue import EXPERIMENTS
 from srn_lab.experiments.presets import PRESETS
 from srn_lab.experiments.results import Results
@@ -168,7 +168,8 @@ def test_documents_are_made_from_rows_and_disagreement_is_seen(smoke, tmp_path):
         publish(document, results)
 
 
-def test_the_published_document_agrees_with_the_committed_rows():
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.stem)
+def test_the_published_documents_agree_with_the_committed_rows(document):
     results = Results(PRESETS["cpu"], Store(COMMITTED).rows())
     assert results.rows
-    assert disagreement(DOCUMENT, results) == ""
+    assert disagreement(document, results) == ""

@@ -25,7 +25,7 @@ from srn_lab.report.tables import claims_table
 
 CHECKOUT = Path(__file__).parents[3]
 COMMITTED = CHECKOUT / "benchmarks" / "results" / "paper" / "cpu.jsonl"
-DOCUMENT = CHECKOUT / "docs" / "paper.md"
+DOCUMENTS = tuple(CHECKOUT / "docs" / name for name in ("paper.md", "choosing.md"))
 
 _Preset = Annotated[str, typer.Option(help=f"One of {', '.join(PRESETS)}.")]
 
@@ -77,22 +77,25 @@ def publish(
     rows: Annotated[
         Path | None, typer.Option(exists=True, dir_okay=False, help="Rows to commit first.")
     ] = None,
-    check: Annotated[bool, typer.Option(help="Only say whether the document agrees.")] = False,
+    check: Annotated[bool, typer.Option(help="Only say whether the documents agree.")] = False,
 ) -> None:
-    """Make docs/paper.md from the committed rows of preset cpu."""
+    """Make docs/paper.md and docs/choosing.md from the committed rows of preset cpu."""
     with one_clear_error():
-        if not DOCUMENT.is_file():
-            raise ValueError(f"publish works in a checkout; {DOCUMENT} does not exist")
+        for document in DOCUMENTS:
+            if not document.is_file():
+                raise ValueError(f"publish works in a checkout; {document} does not exist")
         if rows is not None and rows.resolve() != COMMITTED.resolve():
             COMMITTED.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(rows, COMMITTED)
         results = Results(PRESETS["cpu"], Store(COMMITTED).rows())
         if check:
-            if different := disagreement(DOCUMENT, results):
-                print(different)
+            different = [text for d in DOCUMENTS if (text := disagreement(d, results))]
+            print("\n".join(different), end="")
+            if different:
                 raise typer.Exit(1)
             return
-        print_paths({"document": publish_document(DOCUMENT, results)}, Console())
+        written = {d.stem: publish_document(d, results) for d in DOCUMENTS}
+    print_paths(written, Console())
 
 
 def _preset(name: str, root: str, inception_weights: str | None) -> Preset:
