@@ -3,9 +3,11 @@
 import base64
 import io
 import json
+import os
 import re
 import shutil
 import subprocess
+import sys
 
 import pytest
 from PIL import Image
@@ -173,3 +175,26 @@ def test_the_published_documents_agree_with_the_committed_rows(document):
     results = Results(PRESETS["cpu"], Store(COMMITTED).rows())
     assert results.rows
     assert disagreement(document, results) == ""
+
+
+def test_two_processes_share_every_unit_and_store_it_once(tmp_path):
+    # What accelerate's own launcher starts where there are GPUs; on CPUs it wants MPI.
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += ["-m", "srn_lab", "paper", "--preset", "smoke", "--out", str(tmp_path)]
+    result = subprocess.run(
+        [*command, "--only", "linear", "--only", "fig6"],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    slots = [json.loads(line)["slot"] for line in (tmp_path / "rows.jsonl").open()]
+    assert sorted(slots) == [
+        "features/digits",
+        "gan/first/cond. SN",
+        "gan/first/cond. SRN-50",
+        "gan/first/cond. SRN-70",
+        "linear",
+    ]
+    assert metrics(tmp_path)["failures"] == {}

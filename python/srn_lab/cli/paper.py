@@ -18,10 +18,12 @@ from srn_lab.experiments.presets import PRESETS, Preset
 from srn_lab.experiments.results import Results
 from srn_lab.experiments.runner import Workplace, missing, run_units
 from srn_lab.experiments.store import Store
+from srn_lab.experiments.units import key
 from srn_lab.report.document import disagreement
 from srn_lab.report.document import publish as publish_document
 from srn_lab.report.page import write_page
 from srn_lab.report.tables import claims_table
+from srn_lab.training.engine import is_main, leave_together, wait_for_everyone
 
 CHECKOUT = Path(__file__).parents[3]
 COMMITTED = CHECKOUT / "benchmarks" / "results" / "paper" / "cpu.jsonl"
@@ -51,16 +53,20 @@ def paper(
     ] = None,
 ) -> None:
     """Remake the paper's experiments; what has a row already is not run again."""
-    console = Console()
+    console = Console(quiet=not is_main())
     with one_clear_error():
         chosen = _preset(preset, root, inception_weights)
         experiments = select(only or [])
         workplace = Workplace(out, store or out / "rows.jsonl", download)
         units = [unit for experiment in experiments for unit in experiment.units(chosen, seeds)]
         todo = missing(units, workplace)
-        known = len({(unit.slot, unit.seed) for unit in units}) - len(todo)
-        console.print(f"{len(todo)} units to run, {max(known, 0)} have rows in {workplace.store}")
+        wait_for_everyone()  # before the first process adds rows
+        known = len({key(unit) for unit in units} - {key(unit) for unit in todo})
+        console.print(f"{len(todo)} units to run, {known} have rows in {workplace.store}")
         failures = run_units(todo, workplace, jobs=jobs, console=console)
+        leave_together()
+        if not is_main():
+            return
         rows = Store(workplace.store).rows()
         results = Results(chosen, rows, seeds=seeds, experiments=experiments)
         raised = {f"{f.unit.slot}, seed {f.unit.seed}": f.reason for f in failures}

@@ -38,6 +38,7 @@ from srn_lab.measures.features import (
 from srn_lab.measures.scores import fid, inception_score, intra_fid, kid
 from srn_lab.training.classifier import train_classifier
 from srn_lab.training.config import ClassifierConfig, GanConfig, to_dict
+from srn_lab.training.engine import is_main, wait_for_everyone
 from srn_lab.training.gan import Gan, train_gan
 
 RESULT_VERSION = 1
@@ -132,7 +133,9 @@ class FeatureUnit:
         )
         accuracy = trainer.curves[-1]["test_accuracy"]
         path = self.path(place.features)
-        save_lab_features(path, trainer.network, accuracy, self.describe())
+        if is_main():
+            save_lab_features(path, trainer.network, accuracy, self.describe())
+        wait_for_everyone()
         return {"accuracy": accuracy, "curves": trainer.curves}
 
 
@@ -165,14 +168,13 @@ class GanUnit:
             self.config,
             place.folder,
             on_step=lambda record: place.progress(0.95 * record.step / steps),
-            on_samples=lambda step, x: sample_grid(place.folder / f"samples-{step:06d}.png", x),
+            on_samples=lambda step, x: _picture(place.folder / f"samples-{step:06d}.png", x),
             samples_every=max(1, steps // 4),
             download=place.download,
         )
         gan = trainer.evaluated
-        sample_grid(
-            place.folder / "samples.png", gan.sample(64, torch.Generator().manual_seed(0))[0]
-        )
+        samples, _ = gan.sample(64, torch.Generator().manual_seed(0))
+        _picture(place.folder / "samples.png", samples)
         losses = [record["loss_d"] for record in trainer.history.steps]
         return {
             **measure_gan(gan, self.measures, self._features(place)),
@@ -191,6 +193,11 @@ class GanUnit:
             data.classes,
             data.shape[0],
         )
+
+
+def _picture(path: Path, images: Tensor) -> None:
+    if is_main():
+        sample_grid(path, images)
 
 
 def measure_gan(gan: Gan, how: GanMeasures, features: Features) -> dict:
