@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 from srn_lab.experiments import runner
+from srn_lab.experiments.examples import IdentityUnit, LinearUnit
 from srn_lab.experiments.presets import PRESETS
 from srn_lab.experiments.runner import Workplace, missing, run_units
 from srn_lab.experiments.store import Store, row_of
-from srn_lab.experiments.units import FeatureUnit, IdentityUnit, LinearUnit, Place, key
+from srn_lab.experiments.units import FeatureUnit, Place, key
 from srn_lab.files import SaveError, write_atomically, write_json
 from srn_lab.methods import Method
 from srn_lab.training.classifier import train_classifier

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from srn_lab.experiments.examples import IdentityUnit, LinearUnit
 from srn_lab.experiments.presets import Preset
-from srn_lab.experiments.units import IdentityUnit, LinearUnit, Unit
+from srn_lab.experiments.units import Unit
 from srn_lab.methods import Method, Norm
 
 RATIOS = (0.1, 0.3, 0.5, 0.7, 0.9)

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from tabulate import tabulate
 
 from srn_lab.experiments.catalogue import Experiment
-from srn_lab.experiments.claims import Verdict
 from srn_lab.experiments.results import At, Results, Values
+from srn_lab.experiments.verdicts import Verdict
 
 
 @dataclass(frozen=True)
