@@ -13,6 +13,7 @@ from srn_lab.experiments.runner import Workplace, missing, run_units
 from srn_lab.experiments.store import Store, row_of
 from srn_lab.experiments.units import FeatureUnit, Place, key
 from srn_lab.files import SaveError, write_atomically, write_json
+from srn_lab.measures.features import FeatureError
 from srn_lab.methods import Method
 from srn_lab.training.classifier import train_classifier
 from srn_lab.training.engine import NonFiniteLossError
@@ -215,3 +216,12 @@ def test_a_unit_interrupted_half_way_ends_with_the_same_result(kind, tmp_path, m
         unit.run(Place(folder, tmp_path / "features", stop))
     assert list((folder / "state").iterdir())
     assert unit.run(Place(folder, tmp_path / "features")) == whole
+
+
+def test_missing_features_show_before_training(tmp_path, monkeypatch):
+    unit = PRESETS["smoke"].gan_unit("first", Method("sn"), 0)
+    weights = str(tmp_path / "none.pth")
+    measures = dataclasses.replace(unit.measures, features=None, inception_weights=weights)
+    monkeypatch.setattr("srn_lab.experiments.units.train_gan", None)
+    with pytest.raises(FeatureError, match=r"none\.pth does not exist"):
+        dataclasses.replace(unit, measures=measures).run(Place(tmp_path, tmp_path))

@@ -161,6 +161,7 @@ class GanUnit:
         return None if config is None else FeatureUnit(config, f"features/{config.data.name}")
 
     def run(self, place: Place) -> dict:
+        features = self._features(place)  # first: what is missing shows before hours of training
         steps = max(self.config.steps, 1)
         # Measuring takes a few percent of what training takes.
         trainer = train_gan(
@@ -176,7 +177,7 @@ class GanUnit:
         _picture(place.folder / "samples.png", samples)
         losses = [record["loss_d"] for record in trainer.history.steps]
         return {
-            **measure_gan(gan, self.measures, self._features(place)),
+            **measure_gan(gan, self.measures, features),
             "roughness": roughness(losses) if len(losses) >= 4 else None,
             "curve": {name: _thinned(trainer.history.steps, name) for name in ("step", "loss_d")},
         }
