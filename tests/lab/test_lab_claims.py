@@ -6,12 +6,13 @@ import math
 import pytest
 from scipy import stats
 from srn_lab.experiments.catalogue import EXPERIMENTS, select
-from srn_lab.experiments.claims import CLAIMS, Claim, judge, verdicts
+from srn_lab.experiments.claims import CLAIMS, verdicts
 from srn_lab.experiments.presets import PRESETS
 from srn_lab.experiments.results import At, Results
 from srn_lab.experiments.statistics import interval
 from srn_lab.experiments.store import row_of
 from srn_lab.experiments.units import key
+from srn_lab.experiments.verdicts import Claim, judge
 
 CPU = PRESETS["cpu"]
 

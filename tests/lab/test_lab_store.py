@@ -7,13 +7,17 @@ from pathlib import Path
 
 import pytest
 from srn_lab.experiments import runner
+from srn_lab.experiments.examples import IdentityUnit, LinearUnit
 from srn_lab.experiments.presets import PRESETS
 from srn_lab.experiments.runner import Workplace, missing, run_units
 from srn_lab.experiments.store import Store, row_of
-from srn_lab.experiments.units import FeatureUnit, IdentityUnit, LinearUnit, key
+from srn_lab.experiments.units import FeatureUnit, Place, key
 from srn_lab.files import SaveError, write_atomically, write_json
+from srn_lab.measures.features import FeatureError
 from srn_lab.methods import Method
+from srn_lab.training.classifier import train_classifier
 from srn_lab.training.engine import NonFiniteLossError
+from srn_lab.training.gan import train_gan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,3 +192,36 @@ def test_the_runner_removes_states_but_no_pictures(tmp_path):
     assert picture.exists()
     assert not state.exists()
     assert runner.missing([unit], place) == []
+
+
+@pytest.mark.parametrize("kind", ["gan", "classifier"])
+def test_a_unit_interrupted_half_way_ends_with_the_same_result(kind, tmp_path, monkeypatch):
+    preset = PRESETS["smoke"]
+    if kind == "gan":
+        unit = preset.gan_unit("first", Method("srn", 0.5), 0)
+        unit.features.run(Place(tmp_path / "f", tmp_path / "features"))
+    else:
+        longer = dataclasses.replace(preset, classifier={**preset.classifier, "epochs": 3})
+        unit = longer.classifier_unit("first", Method("srn", 0.5), 0)
+    whole = unit.run(Place(tmp_path / "whole", tmp_path / "features"))
+    for train in (train_gan, train_classifier):
+        monkeypatch.setitem(train.__kwdefaults__, "save_every_s", 0.0)
+
+    def stop(share):
+        if share > 0.5:
+            raise KeyboardInterrupt
+
+    folder = tmp_path / "halved"
+    with pytest.raises(KeyboardInterrupt):
+        unit.run(Place(folder, tmp_path / "features", stop))
+    assert list((folder / "state").iterdir())
+    assert unit.run(Place(folder, tmp_path / "features")) == whole
+
+
+def test_missing_features_show_before_training(tmp_path, monkeypatch):
+    unit = PRESETS["smoke"].gan_unit("first", Method("sn"), 0)
+    weights = str(tmp_path / "none.pth")
+    measures = dataclasses.replace(unit.measures, features=None, inception_weights=weights)
+    monkeypatch.setattr("srn_lab.experiments.units.train_gan", None)
+    with pytest.raises(FeatureError, match=r"none\.pth does not exist"):
+        dataclasses.replace(unit, measures=measures).run(Place(tmp_path, tmp_path))

@@ -18,14 +18,16 @@ from srn_lab.experiments.presets import PRESETS, Preset
 from srn_lab.experiments.results import Results
 from srn_lab.experiments.runner import Workplace, missing, run_units
 from srn_lab.experiments.store import Store
+from srn_lab.experiments.units import key
 from srn_lab.report.document import disagreement
 from srn_lab.report.document import publish as publish_document
 from srn_lab.report.page import write_page
 from srn_lab.report.tables import claims_table
+from srn_lab.training.engine import is_main, leave_together, wait_for_everyone
 
 CHECKOUT = Path(__file__).parents[3]
 COMMITTED = CHECKOUT / "benchmarks" / "results" / "paper" / "cpu.jsonl"
-DOCUMENT = CHECKOUT / "docs" / "paper.md"
+DOCUMENTS = tuple(CHECKOUT / "docs" / name for name in ("paper.md", "choosing.md"))
 
 _Preset = Annotated[str, typer.Option(help=f"One of {', '.join(PRESETS)}.")]
 
@@ -51,16 +53,20 @@ def paper(
     ] = None,
 ) -> None:
     """Remake the paper's experiments; what has a row already is not run again."""
-    console = Console()
+    console = Console(quiet=not is_main())
     with one_clear_error():
         chosen = _preset(preset, root, inception_weights)
         experiments = select(only or [])
         workplace = Workplace(out, store or out / "rows.jsonl", download)
         units = [unit for experiment in experiments for unit in experiment.units(chosen, seeds)]
         todo = missing(units, workplace)
-        known = len({(unit.slot, unit.seed) for unit in units}) - len(todo)
-        console.print(f"{len(todo)} units to run, {max(known, 0)} have rows in {workplace.store}")
+        wait_for_everyone()  # before the first process adds rows
+        known = len({key(unit) for unit in units} - {key(unit) for unit in todo})
+        console.print(f"{len(todo)} units to run, {known} have rows in {workplace.store}")
         failures = run_units(todo, workplace, jobs=jobs, console=console)
+        leave_together()
+        if not is_main():
+            return
         rows = Store(workplace.store).rows()
         results = Results(chosen, rows, seeds=seeds, experiments=experiments)
         raised = {f"{f.unit.slot}, seed {f.unit.seed}": f.reason for f in failures}
@@ -77,22 +83,25 @@ def publish(
     rows: Annotated[
         Path | None, typer.Option(exists=True, dir_okay=False, help="Rows to commit first.")
     ] = None,
-    check: Annotated[bool, typer.Option(help="Only say whether the document agrees.")] = False,
+    check: Annotated[bool, typer.Option(help="Only say whether the documents agree.")] = False,
 ) -> None:
-    """Make docs/paper.md from the committed rows of preset cpu."""
+    """Make docs/paper.md and docs/choosing.md from the committed rows of preset cpu."""
     with one_clear_error():
-        if not DOCUMENT.is_file():
-            raise ValueError(f"publish works in a checkout; {DOCUMENT} does not exist")
+        for document in DOCUMENTS:
+            if not document.is_file():
+                raise ValueError(f"publish works in a checkout; {document} does not exist")
         if rows is not None and rows.resolve() != COMMITTED.resolve():
             COMMITTED.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(rows, COMMITTED)
         results = Results(PRESETS["cpu"], Store(COMMITTED).rows())
         if check:
-            if different := disagreement(DOCUMENT, results):
-                print(different)
+            different = [text for d in DOCUMENTS if (text := disagreement(d, results))]
+            print("\n".join(different), end="")
+            if different:
                 raise typer.Exit(1)
             return
-        print_paths({"document": publish_document(DOCUMENT, results)}, Console())
+        written = {d.stem: publish_document(d, results) for d in DOCUMENTS}
+    print_paths(written, Console())
 
 
 def _preset(name: str, root: str, inception_weights: str | None) -> Preset:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from srn_lab.experiments.examples import IdentityUnit, LinearUnit
 from srn_lab.experiments.presets import Preset
-from srn_lab.experiments.units import IdentityUnit, LinearUnit, Unit
+from srn_lab.experiments.units import Unit
 from srn_lab.methods import Method, Norm
 
 RATIOS = (0.1, 0.3, 0.5, 0.7, 0.9)
@@ -105,18 +106,21 @@ EXPERIMENTS: dict[str, Experiment] = {
             "Generalisation gap on true labels",
             "Table 1",
             _labels("first", *_CLASSIFIED, random_labels=False),
+            cheap=True,
         ),
         Experiment(
             "fig1a",
             "The gap over epochs",
             "Figure 1 (a)",
             _labels("first", *_CLASSIFIED, random_labels=False),
+            cheap=True,
         ),
         Experiment(
             "fig1b",
             "Shuffled labels, the first data set",
             "Figure 1 (b)",
             _labels("first", *_CLASSIFIED, random_labels=True),
+            cheap=True,
         ),
         Experiment(
             "fig2b",
@@ -155,6 +159,7 @@ EXPERIMENTS: dict[str, Experiment] = {
             "Three measures of sample complexity",
             "ICLR version, Section 4",
             _every_network(*_CLASSIFIED),
+            cheap=True,
         ),
         Experiment("table3", "Scores on the second data set", "Table 3", _gans("second", *_FIRST)),
         Experiment(
@@ -169,6 +174,7 @@ EXPERIMENTS: dict[str, Experiment] = {
             "Shuffled labels, the second data set",
             "Figure 1 (c)",
             _labels("second", *_CLASSIFIED, random_labels=True),
+            cheap=True,
         ),
     )
 }

@@ -1,80 +1,15 @@
-"""The paper's sentences that an experiment can test, each a named function over stored rows.
-
-A claim gives one number a seed, paired with the peer's of the same seed. A directed claim expects
-it above 0; a claim of equality expects it within a margin. The 95 % interval over seeds decides:
-wholly on the expected side is supported, wholly on the other not supported, else undecided, as is
-everything below three seeds.
-"""
+"""The paper's sentences that an experiment can test, each a named function over stored rows."""
 
 from __future__ import annotations
 
 import math
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from srn_lab.experiments.catalogue import RATIOS
 from srn_lab.experiments.results import At, Results, Values
-from srn_lab.experiments.statistics import LEAST_SEEDS, interval
-
-
-@dataclass(frozen=True)
-class Claim:
-    """``says`` paraphrases the paper; ``effect`` says what the number is."""
-
-    name: str
-    experiment: str
-    source: str
-    says: str
-    effect: str
-    numbers: Callable[[Results], Values]
-    margin: Callable[[Results], float | None] | None = None
-    """Of a claim of equality; None where rows for it are missing."""
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What the rows say of a claim."""
-
-    claim: Claim
-    verdict: str
-    effect: float | None
-    interval: tuple[float, float] | None
-    seeds: int
-    margin: float | None = None
-
-    def to_dict(self) -> dict:
-        """As in metrics.json."""
-        return {
-            "name": self.claim.name,
-            "verdict": self.verdict,
-            "effect": self.effect,
-            "interval": None if self.interval is None else list(self.interval),
-            "source": self.claim.source,
-            "experiment": self.claim.experiment,
-            "says": self.claim.says,
-            "effect_is": self.claim.effect,
-            "margin": self.margin,
-            "seeds": self.seeds,
-        }
-
-
-def judge(claim: Claim, results: Results) -> Verdict:
-    """The verdict on one claim."""
-    values = list(claim.numbers(results).values())
-    if not values:
-        return Verdict(claim, "undecided", None, None, 0)
-    mean, found = statistics.fmean(values), interval(values)
-    margin = claim.margin(results) if claim.margin is not None else None
-    if found is None or (claim.margin is not None and margin is None):
-        return Verdict(claim, "undecided", mean, None, len(values), margin)
-    low, high = found
-    if claim.margin is None:
-        verdict = "supported" if low > 0 else "not supported" if high < 0 else "undecided"
-    else:
-        inside, outside = -margin <= low and high <= margin, low > margin or high < -margin
-        verdict = "supported" if inside else "not supported" if outside else "undecided"
-    return Verdict(claim, verdict, mean, found, len(values), margin)
+from srn_lab.experiments.statistics import LEAST_SEEDS
+from srn_lab.experiments.verdicts import Claim, Verdict, judge
 
 
 def verdicts(results: Results) -> list[Verdict]:
@@ -336,7 +271,7 @@ CLAIMS: tuple[Claim, ...] = (
         "srn_below_sn_elhist_second",
         "fig7",
         "Section 4.2, Figure 7",
-        "The same on the second data set.",
+        "SRN's histogram (c = 0.5) lies below SN's on the second data set too.",
         _P95_IS,
         _less(_gan("SRN-50", "second"), _gan("SN", "second"), _REAL_FAKE),
     ),
@@ -392,7 +327,7 @@ CLAIMS: tuple[Claim, ...] = (
         "divergence_better_than_sn_second",
         "table4",
         "Section 4.2, Table 4",
-        "The same on the second data set.",
+        "A fresh critic separates SRN-70's images less well on the second data set too.",
         "difference of the critic's losses",
         _less(_gan("SN", "second"), _gan("SRN-70", "second"), _ND),
     ),
@@ -416,7 +351,7 @@ CLAIMS: tuple[Claim, ...] = (
         "jacobian_below_sn_conditional",
         "fig10",
         "Section 4.2, Figure 10",
-        "With classes too.",
+        "With classes, D's gradients at real images are smaller under SRN (c = 0.5) than under SN.",
         "difference of mean gradient norms at real images",
         _less(_gan("cond. SRN-50"), _gan("cond. SN"), At("jacobian", "real", "mean")),
     ),
@@ -481,7 +416,7 @@ CLAIMS: tuple[Claim, ...] = (
         "random_labels_fitted_less_than_sn_second",
         "fig1c",
         "Section 4.1, Figure 1 (c)",
-        "The same on the second data set.",
+        "SRN-30 fits shuffled labels less than SN on the second data set too.",
         "difference of train accuracies",
         _gap_claim("SRN-30", "SN", At("train_accuracy"), "RAND", "second"),
     ),

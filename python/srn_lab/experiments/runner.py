@@ -15,7 +15,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from srn_lab.experiments.store import Row, Store, row_of
 from srn_lab.experiments.units import FeatureUnit, GanUnit, Place, Unit, key
 from srn_lab.processes import Tell, side_by_side
-from srn_lab.training.engine import NonFiniteLossError
+from srn_lab.training.engine import NonFiniteLossError, is_main, processes
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,11 @@ def run_units(
     """Run ``units`` and store their rows as they finish; returns those that raised.
 
     A loss that is not finite is a result, stored as failed. Interrupted, the units that run leave
-    the states they saved, and the next call goes on from those.
+    the states they saved, and the next call goes on from those. Started by accelerate's launcher,
+    every process takes its share of each unit, and the first one stores.
     """
+    if jobs > 1 and processes() > 1:
+        raise ValueError(f"jobs must be 1 under a launcher of several processes, got {jobs}")
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -97,9 +100,10 @@ def run_units(
                 if isinstance(outcome, Exception):
                     failures.append(Failure(unit, f"{type(outcome).__name__}: {outcome}"))
                     continue
-                Store(workplace.store).append([outcome])
-                # The states are of no more use; pictures stay.
-                shutil.rmtree(workplace.folder(unit) / "state", ignore_errors=True)
+                if is_main():
+                    Store(workplace.store).append([outcome])
+                    # The states are of no more use; pictures stay.
+                    shutil.rmtree(workplace.folder(unit) / "state", ignore_errors=True)
         bar.update(task, completed=done, description=f"{ended}/{len(units)} units")
     return failures
 

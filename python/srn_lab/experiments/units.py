@@ -14,7 +14,6 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from srn_kernels import linalg
 from srn_lab.data import load
 from srn_lab.data.pictures import sample_grid
 from srn_lab.measures import (
@@ -38,6 +37,7 @@ from srn_lab.measures.features import (
 from srn_lab.measures.scores import fid, inception_score, intra_fid, kid
 from srn_lab.training.classifier import train_classifier
 from srn_lab.training.config import ClassifierConfig, GanConfig, to_dict
+from srn_lab.training.engine import is_main, wait_for_everyone
 from srn_lab.training.gan import Gan, train_gan
 
 RESULT_VERSION = 1
@@ -132,7 +132,9 @@ class FeatureUnit:
         )
         accuracy = trainer.curves[-1]["test_accuracy"]
         path = self.path(place.features)
-        save_lab_features(path, trainer.network, accuracy, self.describe())
+        if is_main():
+            save_lab_features(path, trainer.network, accuracy, self.describe())
+        wait_for_everyone()
         return {"accuracy": accuracy, "curves": trainer.curves}
 
 
@@ -159,23 +161,23 @@ class GanUnit:
         return None if config is None else FeatureUnit(config, f"features/{config.data.name}")
 
     def run(self, place: Place) -> dict:
+        features = self._features(place)  # first: what is missing shows before hours of training
         steps = max(self.config.steps, 1)
         # Measuring takes a few percent of what training takes.
         trainer = train_gan(
             self.config,
             place.folder,
             on_step=lambda record: place.progress(0.95 * record.step / steps),
-            on_samples=lambda step, x: sample_grid(place.folder / f"samples-{step:06d}.png", x),
+            on_samples=lambda step, x: _picture(place.folder / f"samples-{step:06d}.png", x),
             samples_every=max(1, steps // 4),
             download=place.download,
         )
         gan = trainer.evaluated
-        sample_grid(
-            place.folder / "samples.png", gan.sample(64, torch.Generator().manual_seed(0))[0]
-        )
+        samples, _ = gan.sample(64, torch.Generator().manual_seed(0))
+        _picture(place.folder / "samples.png", samples)
         losses = [record["loss_d"] for record in trainer.history.steps]
         return {
-            **measure_gan(gan, self.measures, self._features(place)),
+            **measure_gan(gan, self.measures, features),
             "roughness": roughness(losses) if len(losses) >= 4 else None,
             "curve": {name: _thinned(trainer.history.steps, name) for name in ("step", "loss_d")},
         }
@@ -191,6 +193,11 @@ class GanUnit:
             data.classes,
             data.shape[0],
         )
+
+
+def _picture(path: Path, images: Tensor) -> None:
+    if is_main():
+        sample_grid(path, images)
 
 
 def measure_gan(gan: Gan, how: GanMeasures, features: Features) -> dict:
@@ -302,94 +309,6 @@ class ClassifierUnit:
         except ValueError as error:
             return {**result, "complexity": None, "complexity_missing": str(error)}
         return {**result, "complexity": found.summary()}
-
-
-@dataclass(frozen=True)
-class LinearUnit:
-    """Section 3's two linear layers: lower rank, lower empirical Lipschitz constant, same norms."""
-
-    seed: int
-    slot: str = "linear"
-    ratios: tuple[float, ...] = (1.0, 0.5, 0.3, 0.2, 0.1)
-    shape: tuple[int, int, int] = (64, 256, 32)
-    """Inputs, hidden units, outputs."""
-    pairs: int = 4000
-    cost: float = 0.02
-
-    def describe(self) -> dict:
-        return {
-            "seed": self.seed,
-            "ratios": list(self.ratios),
-            "shape": list(self.shape),
-            "pairs": self.pairs,
-        }
-
-    def run(self, place: Place) -> dict:
-        random = torch.Generator().manual_seed(self.seed)
-
-        def gaussian(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=random, dtype=torch.float64)
-
-        inputs, hidden, outputs = self.shape
-        weights = [gaussian(hidden, inputs), gaussian(outputs, hidden)]
-        difference = gaussian(self.pairs, inputs) - gaussian(self.pairs, inputs)
-        found = []
-        for ratio in self.ratios:
-            normed = [_constrained(weight, ratio) for weight in weights]
-            product = normed[1] @ normed[0]
-            slope = (difference @ product.t()).norm(dim=1) / difference.norm(dim=1)
-            found.append(
-                {
-                    "c": ratio,
-                    "mean_slope": slope.mean().item(),
-                    "jacobian_norm": torch.linalg.matrix_norm(product, 2).item(),
-                    "product_of_norms": math.prod(
-                        torch.linalg.matrix_norm(w, 2).item() for w in normed
-                    ),
-                }
-            )
-        return {"ratios": found}
-
-
-def _constrained(weight: Tensor, ratio: float) -> Tensor:
-    normed = weight / torch.linalg.matrix_norm(weight, 2)
-    if ratio == 1:
-        return normed
-    target = max(1.0, ratio * min(weight.shape))
-    return linalg.nearest_with_stable_rank(normed, target, method="svd")[0]
-
-
-@dataclass(frozen=True)
-class IdentityUnit:
-    """Appendix A.2: the identity matrix at stable rank 2, in a random orthogonal basis.
-
-    Rank minimisation against SRN with k = 1 and k = 0, whose distances are known exactly.
-    """
-
-    seed: int
-    slot: str = "identity"
-    cost: float = 0.01
-
-    def describe(self) -> dict:
-        return {"seed": self.seed}
-
-    def run(self, place: Place) -> dict:
-        random = torch.Generator().manual_seed(self.seed)
-        weight = torch.linalg.qr(torch.randn(3, 3, generator=random, dtype=torch.float64))[0]
-        u, s, vt = torch.linalg.svd(weight)
-        found = {
-            "rank minimisation": (u[:, :2] * s[:2]) @ vt[:2],
-            "SRN, k = 1": linalg.nearest_with_stable_rank(weight, 2.0, 1, method="svd")[0],
-            "SRN, k = 0": linalg.nearest_with_stable_rank(weight, 2.0, 0, method="svd")[0],
-        }
-        return {
-            name: {
-                "distance": (weight - matrix).norm().item(),
-                "sigma": torch.linalg.matrix_norm(matrix, 2).item(),
-                "stable_rank": linalg.stable_rank(matrix).item(),
-            }
-            for name, matrix in found.items()
-        }
 
 
 def histogram(values: Tensor) -> dict:

@@ -10,6 +10,9 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.inception import InceptionScore
 from torchmetrics.image.kid import KernelInceptionDistance
 
+# Every process of a launch has all features; gathering them would count each several times.
+_ALONE = {"sync_on_compute": False}
+
 
 class _AsTheyAre(nn.Module):
     """Hands features that are computed already to a metric that wants a network."""
@@ -24,7 +27,7 @@ class _AsTheyAre(nn.Module):
 
 def fid(real: Tensor, fake: Tensor) -> float:
     """Frechet distance of Gaussians fitted to features (N, d) and (M, d), in float64."""
-    metric = FrechetInceptionDistance(feature=_AsTheyAre(real.shape[1]))
+    metric = FrechetInceptionDistance(feature=_AsTheyAre(real.shape[1]), **_ALONE)
     metric.update(real.double(), real=True)
     metric.update(fake.double(), real=False)
     return metric.compute().item()
@@ -37,7 +40,7 @@ def kid(real: Tensor, fake: Tensor, subset: int = 500, subsets: int = 20) -> flo
         warnings.filterwarnings("ignore", "Metric `Kernel Inception Distance` will save")
         torch.manual_seed(0)  # torchmetrics draws the subsets from the global state
         metric = KernelInceptionDistance(
-            feature=_AsTheyAre(real.shape[1]), subsets=subsets, subset_size=subset
+            feature=_AsTheyAre(real.shape[1]), subsets=subsets, subset_size=subset, **_ALONE
         )
         metric.update(real.double(), real=True)
         metric.update(fake.double(), real=False)
@@ -49,7 +52,7 @@ def inception_score(logits: Tensor, splits: int = 10) -> tuple[float, float]:
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.filterwarnings("ignore", "Metric `InceptionScore` will save")
         torch.manual_seed(0)  # torchmetrics shuffles with the global state
-        metric = InceptionScore(feature=_AsTheyAre(logits.shape[1]), splits=splits)
+        metric = InceptionScore(feature=_AsTheyAre(logits.shape[1]), splits=splits, **_ALONE)
         metric.update(logits.double())
         mean, deviation = metric.compute()
     return mean.item(), deviation.item()

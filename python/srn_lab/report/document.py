@@ -1,15 +1,17 @@
-"""docs/paper.md: what the committed rows say, between two markers; a test compares them."""
+"""The documents that the committed rows make, between two markers; a test compares them."""
 
 from __future__ import annotations
 
 import difflib
+from collections.abc import Callable
 from pathlib import Path
 
+from srn_lab.experiments.catalogue import EXPERIMENTS
 from srn_lab.experiments.claims import verdicts
 from srn_lab.experiments.results import Results
 from srn_lab.files import write_atomically
 from srn_lab.report.page import environments
-from srn_lab.report.tables import claims_table, experiment_table, missing_table
+from srn_lab.report.tables import claims_table, experiment_table, missing_table, name_of
 
 BEGIN, END = "<!-- paper:begin -->", "<!-- paper:end -->"
 COMMAND = "python -m srn_lab publish"
@@ -38,6 +40,21 @@ def section(results: Results) -> str:
     return "\n\n".join(parts)
 
 
+def choice(results: Results) -> str:
+    """The rows from which docs/choosing.md advises: what c did to one GAN."""
+    experiment = EXPERIMENTS["fig2a"]
+    table = experiment_table(experiment, results)
+    parts = [] if table is None else [table.markdown()]
+    lacking = results.missing(experiment.name)
+    if lacking:
+        counts = ", ".join(f"{name_of(s)} {have} of {want}" for s, (have, want) in lacking.items())
+        parts.append(f"Not all rows are there: {counts}.")
+    return "\n\n".join([*parts, f"Made by `{COMMAND}`."])
+
+
+_SECTIONS: dict[str, Callable[[Results], str]] = {"paper.md": section, "choosing.md": choice}
+
+
 def written(document: Path, results: Results) -> str:
     """The document with its section made anew. ValueError where the markers are missing."""
     text = document.read_text()
@@ -45,7 +62,7 @@ def written(document: Path, results: Results) -> str:
     _, end, after = rest.partition(END)
     if not begin or not end:
         raise ValueError(f"{document} lacks {BEGIN} or {END}")
-    return f"{before}{BEGIN}\n{section(results)}\n{END}{after}"
+    return f"{before}{BEGIN}\n{_SECTIONS[document.name](results)}\n{END}{after}"
 
 
 def publish(document: Path, results: Results) -> Path:

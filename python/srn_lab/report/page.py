@@ -11,9 +11,10 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 from markupsafe import Markup
 
-from srn_lab.experiments.claims import Verdict, verdicts
+from srn_lab.experiments.claims import verdicts
 from srn_lab.experiments.results import Results
 from srn_lab.experiments.store import Row
+from srn_lab.experiments.verdicts import Verdict
 from srn_lab.files import write_atomically, write_json
 from srn_lab.report.figures import pictures
 from srn_lab.report.tables import Table, claims_table, experiment_table, missing_table

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from tabulate import tabulate
 
 from srn_lab.experiments.catalogue import Experiment
-from srn_lab.experiments.claims import Verdict
 from srn_lab.experiments.results import At, Results, Values
+from srn_lab.experiments.verdicts import Verdict
 
 
 @dataclass(frozen=True)
@@ -189,7 +189,13 @@ def _linear(experiment: Experiment, results: Results) -> Table | None:
             values = {seed: row.result["ratios"][index][name] for seed, row in rows.items()}
             cells.append(_cell(values, Column(name, lambda result: None)))
         lines.append([f"{ratio:g}", *cells, str(len(rows))])
-    header = ["c", "mean empirical Lipschitz constant", "|J|_2", "product of norms", "seeds"]
+    header = [
+        "c",
+        "mean empirical Lipschitz constant",
+        "norm of the Jacobian",
+        "product of norms",
+        "seeds",
+    ]
     return Table(_title(experiment), header, lines)
 
 

@@ -62,7 +62,6 @@ class ClassifierTrainer:
         for group in self.optimizer.param_groups:
             group["lr"] = config.learning_rate * 0.5**halvings
         self.epoch_number += 1
-        self.network.train()
         processes, rank = self.engine.num_processes, self.engine.process_index
         for _ in range(len(self.train) // config.batch_size):
             images, labels = next(self.batches)

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import ProjectConfiguration
 from safetensors import SafetensorError
 from torch import nn
@@ -38,11 +38,37 @@ def accelerator(
     """The device, processes and precision of this launch; TensorBoard under ``folder``/logs."""
     project = ProjectConfiguration(str(folder), str(folder / "logs")) if track else None
     return Accelerator(
-        cpu=cpu,
+        cpu=cpu or not torch.accelerator.is_available(),
         mixed_precision=mixed_precision,
         log_with="tensorboard" if track else None,
         project_config=project,
     )
+
+
+def processes() -> int:
+    """How many processes the launch has."""
+    return _state().num_processes
+
+
+def _state() -> PartialState:
+    # Without an accelerator it has to be said, or accelerate sees a launch of one process.
+    return PartialState(cpu=not torch.accelerator.is_available())
+
+
+def is_main() -> bool:
+    """Whether this process is the one of a launch that writes."""
+    return _state().is_main_process
+
+
+def wait_for_everyone() -> None:
+    """Go on when all processes of a launch are here."""
+    _state().wait_for_everyone()
+
+
+def leave_together() -> None:
+    """End the launch's communication once all processes are here; each goes on by itself."""
+    wait_for_everyone()
+    _state().destroy_process_group()
 
 
 @contextmanager
