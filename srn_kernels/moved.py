@@ -8,11 +8,8 @@ from collections.abc import Sequence
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
-OLD = frozenset(
-    f"srn_kernels.{name}"
-    for name in ("activation", "checkpoint", "entries", "layers", "parametrization", "recompute")
-    + ("rounds", "state", "units")
-)
+_NAMES = "activation checkpoint entries layers parametrization recompute rounds state units"
+OLD = frozenset(f"srn_kernels.{name}" for name in _NAMES.split())
 
 
 class Finder(importlib.abc.MetaPathFinder):
@@ -23,8 +20,8 @@ class Finder(importlib.abc.MetaPathFinder):
     ) -> ModuleSpec | None:
         if name in OLD:
             raise ModuleNotFoundError(
-                f"{name} was part of srn_kernels before 0.2: a model that was pickled whole with it "
-                "cannot be loaded; save its state_dict with that version and load it with this one",
+                f"{name} was part of srn_kernels before 0.2: a model pickled whole with it cannot be "
+                "loaded; save its state_dict with that version, and load that with this one",
                 name=name,
             )
         return None
