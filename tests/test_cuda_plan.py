@@ -31,6 +31,9 @@ def use_card(monkeypatch: pytest.MonkeyPatch, shared: int) -> None:
 @pytest.fixture(autouse=True)
 def h200(monkeypatch: pytest.MonkeyPatch) -> None:
     use_card(monkeypatch, 227)
+    # The shim's are smaller.
+    monkeypatch.setattr(staging, "SLOT_BYTES", (16 * KB, 32 * KB))
+    monkeypatch.setattr(staging, "IN_FLIGHT", 64 * KB)
 
 
 def key(shapes, backward=False, types=(F32, F32), iterations=1, aligned=True, dim=0):
