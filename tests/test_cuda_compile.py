@@ -83,7 +83,12 @@ def test_loops_are_found_and_held_to_their_limits():
 
 
 def test_the_two_loops_of_a_slab_count_together():
-    dots = ["LDS.128 R4, [R1]", *["FFMA R4, R4, R5, R6"] * 9, "SHFL.BFLY PT, R1, R2, 0x1", "BRA 0x0"]
+    dots = [
+        "LDS.128 R4, [R1]",
+        *["FFMA R4, R4, R5, R6"] * 9,
+        "SHFL.BFLY PT, R1, R2, 0x1",
+        "BRA 0x0",
+    ]
     at = 16 * len(dots)
     shares = ["LDS.128 R4, [R1]", *["FFMA R4, R4, R5, R6"] * 4, f"@P0 BRA {at:#x}"]
     (loop,) = sass.loops(_sass(*dots, *shares))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -205,8 +207,10 @@ def test_no_model_is_cut_coarser_than_a_slightly_smaller_one():
     for rows in range(900, 1300, 20):
         records, _ = unpacked(planning.plan(key([(rows, 4096)]), MACHINE))
         slabs.append(records[0]["slabs"])
-    assert min(slabs) >= 2 * 132 or min(slabs) >= 900 // 4
-    assert all(b >= 0.8 * a for a, b in zip(slabs, slabs[1:], strict=False))
+    assert all(
+        n >= min(2 * 132, rows // 4) for n, rows in zip(slabs, range(900, 1300, 20), strict=True)
+    )
+    assert all(b >= 0.8 * a for a, b in itertools.pairwise(slabs))
 
 
 def test_rows_that_are_not_contiguous_are_read_directly():

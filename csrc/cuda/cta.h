@@ -30,7 +30,7 @@ struct Control {
   ResidentSlab resident[kMaxSlots];  // the producer's; a ring
   int32_t before;                    // arrivals before this CTA's
   uint32_t parity[kWarps];           // of each consumer warp: which fill of a resident slot is next
-  Cursor given[kWarps];              // and which slot of the stream it gives back next
+  Cursor taken[kWarps], given[kWarps];  // and which slot of the stream it takes, gives back next
 };
 
 template <class A>
@@ -378,9 +378,14 @@ class Consumer {
     if (e.op == kResident) return slots + slot * c.slot_bytes;
     uint32_t parity;
     if (slot < 0) {
-      slot = taken.slot();
-      parity = taken.parity();
-      taken.advance(c);
+      // In shared memory, since registers are full of v and t.
+      Cursor& mine = control->taken[thread_index() / kWarp];
+      const Cursor next = mine;
+      slot = next.slot();
+      parity = next.parity();
+      sync_warp();
+      if (thread_index() % kWarp == 0) mine.advance(c);
+      sync_warp();
     } else {
       parity = control->parity[thread_index() / kWarp] >> (slot - c.stream_slots) & 1;
     }
@@ -408,12 +413,12 @@ class Consumer {
   const Common& c;
   Control* control;
   char* slots;
-  Cursor taken{0};
 };
 
 SRN_DEVICE void set_up_barriers(const Common& c, Control* control) {
   if (thread_index() < kWarps) control->parity[thread_index()] = 0;
-  if (thread_index() < kWarps) control->given[thread_index()] = {0};
+  if (thread_index() < kWarps)
+    control->taken[thread_index()] = control->given[thread_index()] = {0};
   if (thread_index() == 0) {
     for (int i = 0; i < c.stream_slots + c.resident_slots; ++i) {
       init(&control->full[i], kFetchArrivals);

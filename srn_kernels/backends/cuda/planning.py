@@ -95,7 +95,11 @@ def plan(key: Sequence[int], machine: Machine) -> Blueprint:
     total = sum(y.rows * y.columns * b for y, b in zip(layouts, element_bytes, strict=True))
     config, shared_bytes = device_config(device, total, backward)
     # A CTA adds up what its slab gives to t in registers; in backward nothing is added up.
-    config = replace(config, min_rows=1 if backward else min(MOST_OF_FEWEST_ROWS, config.min_rows))
+    config = replace(
+        config,
+        min_rows=1 if backward else min(MOST_OF_FEWEST_ROWS, config.min_rows),
+        max_slabs=max(config.max_slabs, 3 * config.programs),  # rounding leaves two for every SM
+    )
     pieces = [
         Piece(y, BYTES[x.type], BYTES[x.other] if backward else 0, x.aligned and _vectors(x))
         for x, y in zip(layers, layouts, strict=True)
