@@ -31,6 +31,7 @@ struct Control {
   int32_t before;                    // arrivals before this CTA's
   uint32_t parity[kWarps];           // of each consumer warp: which fill of a resident slot is next
   Cursor taken[kWarps], given[kWarps];  // and which slot of the stream it takes, gives back next
+  int32_t done[kWarps];                 // and how many entries it has worked on
 };
 
 template <class A>
@@ -362,14 +363,20 @@ class Consumer {
   SRN_DEVICE Consumer(const Common& common, Control* control, char* slots)
       : c(common), control(control), slots(slots) {}
 
-  // The n-th entry.
-  SRN_DEVICE const Entry& entry(int n) {
+  // The next entry. Which one is kept in shared memory: registers are full of v and t.
+  SRN_DEVICE const Entry& entry() {
+    const int n = control->done[thread_index() / kWarp];
     wait(&control->entry_full[n % kQueue], uint32_t(n / kQueue) & 1);
     return control->queue[n % kQueue];
   }
-  SRN_DEVICE void finished(int n) {
+  SRN_DEVICE void finished() {
     sync_warp();
-    if (thread_index() % kWarp == 0) arrive(&control->entry_empty[n % kQueue]);
+    if (thread_index() % kWarp == 0) {
+      int32_t& done = control->done[thread_index() / kWarp];
+      arrive(&control->entry_empty[done % kQueue]);
+      ++done;
+    }
+    sync_warp();
   }
 
   // The slot of an entry's piece, its copies complete.
@@ -378,7 +385,6 @@ class Consumer {
     if (e.op == kResident) return slots + slot * c.slot_bytes;
     uint32_t parity;
     if (slot < 0) {
-      // In shared memory, since registers are full of v and t.
       Cursor& mine = control->taken[thread_index() / kWarp];
       const Cursor next = mine;
       slot = next.slot();
@@ -416,9 +422,11 @@ class Consumer {
 };
 
 SRN_DEVICE void set_up_barriers(const Common& c, Control* control) {
-  if (thread_index() < kWarps) control->parity[thread_index()] = 0;
-  if (thread_index() < kWarps)
+  if (thread_index() < kWarps) {
+    control->parity[thread_index()] = 0;
     control->taken[thread_index()] = control->given[thread_index()] = {0};
+    control->done[thread_index()] = 0;
+  }
   if (thread_index() == 0) {
     for (int i = 0; i < c.stream_slots + c.resident_slots; ++i) {
       init(&control->full[i], kFetchArrivals);
