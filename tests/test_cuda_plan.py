@@ -24,7 +24,9 @@ def use_card(monkeypatch: pytest.MonkeyPatch, shared: int) -> None:
     processors, l2 = CARDS[shared]
 
     def config(device: int, model_bytes: int, backward: bool) -> tuple[LaunchConfig, int]:
-        made = LaunchConfig.for_device(processors, l2, shared * KB, model_bytes, backward)
+        made = LaunchConfig.for_device(
+            processors, l2, shared * KB, model_bytes, backward, planning.FEWEST_SLABS
+        )
         return made, shared * KB
 
     monkeypatch.setattr(planning, "device_config", config)
@@ -131,7 +133,7 @@ def test_every_workload_fits_the_machine(monkeypatch, shared, name, backward, ty
     cuts = [
         planning.cut_staged(
             planning.Work(r["rows"], r["columns"], size + other, 1, 1, not backward),
-            LaunchConfig.for_device(132, 50 * MB, 227 * KB, 0, backward),
+            LaunchConfig.for_device(132, 50 * MB, 227 * KB, 0, backward, planning.FEWEST_SLABS),
             r["slab_rows"],
         )._replace(slab_rows=r["slab_rows"], slabs=r["slabs"], column_tiles=r["column_tiles"])
         for r in records
