@@ -10,6 +10,17 @@
 
 namespace srn::cuda {
 
+// The slots of the stream in turn, and which fill of a slot it is: no division.
+struct Cursor {
+  uint32_t at;  // the slot, and above it the parity of the fill
+  SRN_DEVICE int slot() const { return int(at & 0xffff); }
+  SRN_DEVICE uint32_t parity() const { return at >> 16; }
+  SRN_DEVICE void advance(const Common& c) {
+    ++at;
+    if (slot() == c.stream_slots) at = (at & 0x10000) ^ 0x10000;
+  }
+};
+
 struct Control {
   Barrier full[kMaxSlots];   // a slot's copies have landed
   Barrier empty[kMaxSlots];  // all consumer warps are done with a slot
@@ -19,6 +30,8 @@ struct Control {
   ResidentSlab resident[kMaxSlots];  // the producer's; a ring
   int32_t before;                    // arrivals before this CTA's
   uint32_t parity[kWarps];           // of each consumer warp: which fill of a resident slot is next
+  Cursor taken[kWarps], given[kWarps];  // and which slot of the stream it takes, gives back next
+  int32_t done[kWarps];                 // and how many entries it has worked on
 };
 
 template <class A>
@@ -102,17 +115,6 @@ SRN_DEVICE int panel_order(const Record& r, int pieces, int j) {
   return (j - part * rows) * r.row_pieces + part;
 }
 
-// The slots of the stream in turn, and which fill of a slot it is: no division.
-struct Cursor {
-  uint32_t at = 0;  // the slot, and above it the parity of the fill
-  SRN_DEVICE int slot() const { return int(at & 0xffff); }
-  SRN_DEVICE uint32_t parity() const { return at >> 16; }
-  SRN_DEVICE void advance(const Common& c) {
-    ++at;
-    if (slot() == c.stream_slots) at = (at & 0x10000) ^ 0x10000;
-  }
-};
-
 // The pieces of an entry that stay in shared memory.
 SRN_DEVICE uint32_t kept_of(const Entry& e, int pieces) {
   uint32_t kept = 0;
@@ -189,7 +191,7 @@ class Producer {
   char* slots;
   int lane;
   int entries = 0;  // published so far
-  Cursor stream;
+  Cursor stream{0};
   bool wrapped = false;           // whether the stream came round: slots must be waited for
   uint32_t used = 0, parity = 0;  // resident slots: ever filled; parity of their next release
   int first_resident = 0, residents = 0;
@@ -361,14 +363,20 @@ class Consumer {
   SRN_DEVICE Consumer(const Common& common, Control* control, char* slots)
       : c(common), control(control), slots(slots) {}
 
-  // The n-th entry.
-  SRN_DEVICE const Entry& entry(int n) {
+  // The next entry. Which one is kept in shared memory: registers are full of v and t.
+  SRN_DEVICE const Entry& entry() {
+    const int n = control->done[thread_index() / kWarp];
     wait(&control->entry_full[n % kQueue], uint32_t(n / kQueue) & 1);
     return control->queue[n % kQueue];
   }
-  SRN_DEVICE void finished(int n) {
+  SRN_DEVICE void finished() {
     sync_warp();
-    if (thread_index() % kWarp == 0) arrive(&control->entry_empty[n % kQueue]);
+    if (thread_index() % kWarp == 0) {
+      int32_t& done = control->done[thread_index() / kWarp];
+      arrive(&control->entry_empty[done % kQueue]);
+      ++done;
+    }
+    sync_warp();
   }
 
   // The slot of an entry's piece, its copies complete.
@@ -377,9 +385,13 @@ class Consumer {
     if (e.op == kResident) return slots + slot * c.slot_bytes;
     uint32_t parity;
     if (slot < 0) {
-      slot = taken.slot();
-      parity = taken.parity();
-      taken.advance(c);
+      Cursor& mine = control->taken[thread_index() / kWarp];
+      const Cursor next = mine;
+      slot = next.slot();
+      parity = next.parity();
+      sync_warp();
+      if (thread_index() % kWarp == 0) mine.advance(c);
+      sync_warp();
     } else {
       parity = control->parity[thread_index() / kWarp] >> (slot - c.stream_slots) & 1;
     }
@@ -388,18 +400,17 @@ class Consumer {
   }
   // This warp is done with a piece; the last warp frees its slot. A slab's resident pieces stay.
   SRN_DEVICE void give_back(const Entry& e, int k) {
-    int slot = e.where[k];
-    const bool stays = e.op != kResident && slot >= 0;
-    if (slot < 0) {
-      slot = given.slot();
-      given.advance(c);
-    }
     sync_warp();
     if (thread_index() % kWarp == 0) {
-      if (stays)
-        control->parity[thread_index() / kWarp] ^= 1u << (slot - c.stream_slots);
-      else
+      const int slot = e.where[k], warp = thread_index() / kWarp;
+      if (slot < 0) {
+        arrive(&control->empty[control->given[warp].slot()]);
+        control->given[warp].advance(c);
+      } else if (e.op == kResident) {
         arrive(&control->empty[slot]);
+      } else {
+        control->parity[warp] ^= 1u << (slot - c.stream_slots);
+      }
     }
     sync_warp();
   }
@@ -408,11 +419,14 @@ class Consumer {
   const Common& c;
   Control* control;
   char* slots;
-  Cursor taken, given;
 };
 
 SRN_DEVICE void set_up_barriers(const Common& c, Control* control) {
-  if (thread_index() < kWarps) control->parity[thread_index()] = 0;
+  if (thread_index() < kWarps) {
+    control->parity[thread_index()] = 0;
+    control->taken[thread_index()] = control->given[thread_index()] = {0};
+    control->done[thread_index()] = 0;
+  }
   if (thread_index() == 0) {
     for (int i = 0; i < c.stream_slots + c.resident_slots; ++i) {
       init(&control->full[i], kFetchArrivals);

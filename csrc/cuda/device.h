@@ -20,6 +20,7 @@ namespace srn::cuda {
 SRN_DEVICE int thread_index() {
   int x;
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
+  __builtin_assume(x >= 0 && x < kThreads);  // lane and warp cost an instruction each then
   return x;
 }
 SRN_DEVICE int cta_count() { return int(gridDim.x); }

@@ -118,10 +118,10 @@ class Forward {
     int apart[kVectors];
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) apart[i] = (own.in_part(i) - own.in_part(0)) * kWidth * size;
-    const auto load_w = [&](const Block<kVectors>& block, int at, int i, A(&w)[kWidth]) {
-      load_as<E>(kOneRow ? block.part[i / kPartVectors] + own.in_part(i) * kWidth * size
-                         : block.part[0] + at + apart[i],
-                 r.type, 0, w);
+    const auto load_w = [&](const Block<kVectors>& block, const char* row, int i, A(&w)[kWidth]) {
+      load_as<E>(
+          kOneRow ? block.part[i / kPartVectors] + own.in_part(i) * kWidth * size : row + apart[i],
+          r.type, 0, w);
       if constexpr (kOneRow) {  // or too many loads would be in flight for the registers
         if (i % kPartVectors == kPartVectors - 1) asm volatile("" ::: "memory");
       }
@@ -140,21 +140,22 @@ class Forward {
       while (next < where.row + where.rows) {
         const int left = (where.row + where.rows - next + own.groups - 1) / own.groups;
         const int n = kOneRow ? 1 : left < kChunk ? left : kChunk;
-        const int from = ((next - where.row) * r.columns + own.in_part(0) * kWidth) * size;
+        const char* rows =
+            block.part[0] + ((next - where.row) * r.columns + own.in_part(0) * kWidth) * size;
 #pragma unroll 1
         for (int row = 0; row < n; row += kRows) {
           A dot[kRows];
 #pragma unroll
           for (int b = 0; b < kRows; ++b) {
             // Rows beyond the last repeat it, and count for nothing.
-            const int at = from + (b == 0 || row + b < n ? row + b : n - 1) * stride;
+            const char* from = rows + (b == 0 || row + b < n ? row + b : n - 1) * stride;
             const A scale = b == 0 || row + b < n ? A(kShrinkSq) : A(0);
             const A end_scale = b == 0 || row + b < n ? end : A(0);
             dot[b] = 0;
 #pragma unroll
             for (int i = 0; i < kVectors; ++i) {
               A w[kWidth], square = 0;
-              load_w(block, at, i, w);
+              load_w(block, from, i, w);
 #pragma unroll
               for (int k = 0; k < kWidth; ++k) {
                 dot[b] += w[k] * v[i][k];
@@ -184,11 +185,11 @@ class Forward {
 #pragma unroll
             for (int b = 0; b < kRows; ++b) {
               const A s = dots[row + b];  // 0 beyond the last row
-              const int at = from + (b == 0 || row + b < n ? row + b : n - 1) * stride;
+              const char* from = rows + (b == 0 || row + b < n ? row + b : n - 1) * stride;
 #pragma unroll
               for (int i = 0; i < kVectors; ++i) {
                 A w[kWidth];
-                load_w(block, at, i, w);
+                load_w(block, from, i, w);
 #pragma unroll
                 for (int k = 0; k < kWidth; ++k) t[i][k] += w[k] * s;
               }

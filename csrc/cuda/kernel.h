@@ -32,11 +32,11 @@ SRN_DEVICE void run(const Common& c, const Pointers* layers) {
   } else {
     Consumer consumer(c, shared.control, shared.slots);
     Work work(c, layers);
-    for (int n = 0;; ++n) {
-      const Entry& e = consumer.entry(n);
+    for (;;) {
+      const Entry& e = consumer.entry();
       if (e.op == kExit) break;
       work.run(e);
-      consumer.finished(n);
+      consumer.finished();
     }
   }
   leave(c, shared.control);

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -22,7 +24,9 @@ def use_card(monkeypatch: pytest.MonkeyPatch, shared: int) -> None:
     processors, l2 = CARDS[shared]
 
     def config(device: int, model_bytes: int, backward: bool) -> tuple[LaunchConfig, int]:
-        made = LaunchConfig.for_device(processors, l2, shared * KB, model_bytes, backward)
+        made = LaunchConfig.for_device(
+            processors, l2, shared * KB, model_bytes, backward, planning.FEWEST_SLABS
+        )
         return made, shared * KB
 
     monkeypatch.setattr(planning, "device_config", config)
@@ -31,6 +35,9 @@ def use_card(monkeypatch: pytest.MonkeyPatch, shared: int) -> None:
 @pytest.fixture(autouse=True)
 def h200(monkeypatch: pytest.MonkeyPatch) -> None:
     use_card(monkeypatch, 227)
+    # The shim's are smaller.
+    monkeypatch.setattr(staging, "SLOT_BYTES", (16 * KB, 32 * KB))
+    monkeypatch.setattr(staging, "IN_FLIGHT", 64 * KB)
 
 
 def key(shapes, backward=False, types=(F32, F32), iterations=1, aligned=True, dim=0):
@@ -126,7 +133,7 @@ def test_every_workload_fits_the_machine(monkeypatch, shared, name, backward, ty
     cuts = [
         planning.cut_staged(
             planning.Work(r["rows"], r["columns"], size + other, 1, 1, not backward),
-            LaunchConfig.for_device(132, 50 * MB, 227 * KB, 0, backward),
+            LaunchConfig.for_device(132, 50 * MB, 227 * KB, 0, backward, planning.FEWEST_SLABS),
             r["slab_rows"],
         )._replace(slab_rows=r["slab_rows"], slabs=r["slabs"], column_tiles=r["column_tiles"])
         for r in records
@@ -202,8 +209,10 @@ def test_no_model_is_cut_coarser_than_a_slightly_smaller_one():
     for rows in range(900, 1300, 20):
         records, _ = unpacked(planning.plan(key([(rows, 4096)]), MACHINE))
         slabs.append(records[0]["slabs"])
-    assert min(slabs) >= 2 * 132 or min(slabs) >= 900 // 4
-    assert all(b >= 0.8 * a for a, b in zip(slabs, slabs[1:], strict=False))
+    assert all(
+        n >= min(2 * 132, rows // 4) for n, rows in zip(slabs, range(900, 1300, 20), strict=True)
+    )
+    assert all(b >= 0.8 * a for a, b in itertools.pairwise(slabs))
 
 
 def test_rows_that_are_not_contiguous_are_read_directly():

@@ -83,7 +83,9 @@ def build(sanitizer: str | None = None) -> ModuleType:
 
 def small_device(device: int, model_bytes: int, backward: bool) -> tuple[LaunchConfig, int]:
     """Few CTAs, small caches and 40 KB of shared memory: small models go through every phase."""
-    config = LaunchConfig.for_device(3, 1 * MB, 40 * KB, model_bytes, backward)
+    config = LaunchConfig.for_device(
+        3, 1 * MB, 40 * KB, model_bytes, backward, planning.FEWEST_SLABS
+    )
     return replace(config, max_slabs=40, column_bytes=3 * KB), 40 * KB
 
 

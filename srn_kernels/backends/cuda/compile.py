@@ -3,9 +3,9 @@
     python -m srn_kernels.backends.cuda.compile [--arch 80 90a 100] [--full]
 
 Fails if a kernel spills, if a target lost its asynchronous 16-byte or bulk copies, or if an inner
-loop takes more instructions or global loads for a unit of W than sass.py allows. The kernels for
-many layers, the same code with a larger table, are compiled with --full. Needs neither a GPU nor a
-CUDA build of torch. Where nvcc is not found it says so and succeeds.
+loop takes more instructions or global loads for a unit of W than sass.py allows, or is not found.
+The kernels for many layers, the same code with a larger table, are compiled with --full. Needs
+neither a GPU nor a CUDA build of torch. Where nvcc is not found it says so and succeeds.
 """
 
 from __future__ import annotations
@@ -30,6 +30,9 @@ ARCHITECTURES = ("80", "90a", "100")
 FLAGS = ("-std=c++17", "-O3", "--expt-relaxed-constexpr")  # as in setup.py
 FEW_LAYERS = "-DSRN_FEW_LAYERS"
 TYPES = {"f": "float32", "d": "float64"}
+# What must be found in each kernel: the loops of its phases, for each of its types.
+PHASES = {"normalize": ("slab", "rescale"), "backward": ("gather", "gradient")}
+ELEMENTS = {"float32": ("float32", "bfloat16", "float16"), "float64": ("float64",)}
 
 
 class Report(NamedTuple):
@@ -94,6 +97,21 @@ def copies_of(ptx: str, architecture: str) -> list[str]:
     return [] if wanted in ptx else [f"no {wanted}"]
 
 
+def missing(kernels: Sequence[Report], found: Sequence[Loop]) -> list[str]:
+    """The loops that should have been counted and were not."""
+    counted = {(readable(loop.kernel), loop.phase, loop.types) for loop in found}
+    faults = []
+    for kernel in kernels:
+        direction, _, rest = kernel.name.partition(", ")
+        for phase in PHASES.get(direction, ()):
+            faults += [
+                f"{kernel.name}: no loop of {phase} of {elements} was found"
+                for elements in ELEMENTS[rest.partition(", ")[0]]
+                if (kernel.name, phase, elements) not in counted
+            ]
+    return faults
+
+
 def compile_for(nvcc: str, source: Path, architecture: str, full: bool) -> Compiled:
     start = time.perf_counter()
     found: list[Loop] = []
@@ -114,7 +132,7 @@ def compile_for(nvcc: str, source: Path, architecture: str, full: bool) -> Compi
         else:
             faults.append("no cuobjdump to count instructions with: triton's wheel has one")
     kernels = parse(done.stderr)
-    faults += [] if kernels else ["no kernel was compiled"]
+    faults += missing(kernels, found) if kernels else ["no kernel was compiled"]
     return Compiled(kernels, found, faults, time.perf_counter() - start)
 
 
@@ -148,7 +166,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     version = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
     print(f"nvcc {re.search(r'V([0-9.]+)', version)[1]}")
     print("{:54}{:>10}{:>8}{:>8}{:>8}".format("kernel", "registers", "shared", "stack", "spills"))
-    jobs = [(s, a) for s in sorted(chosen.csrc.glob("*.cu")) for a in chosen.arch]
+    # The longest first, so that no core is left with one at the end: forward takes twice as long.
+    jobs = [(s, a) for s in sorted(chosen.csrc.glob("*.cu"), reverse=True) for a in chosen.arch]
     failed = not jobs
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for (source, a), made in zip(

@@ -30,6 +30,7 @@ from srn_kernels.backends.tiling.staging import (
 FLOAT32, BFLOAT16, FLOAT16, FLOAT64 = range(4)  # as Type in plan.h
 BYTES = {FLOAT32: 4, BFLOAT16: 2, FLOAT16: 2, FLOAT64: 8}
 MOST_OF_FEWEST_ROWS = 8
+FEWEST_SLABS = 2.5  # for each SM: rounding to whole rows leaves two
 RECORD = struct.Struct("=2q22i")
 
 
@@ -82,6 +83,7 @@ def device_config(device: int, model_bytes: int, backward: bool) -> tuple[Launch
         p.shared_memory_per_block_optin,
         model_bytes,
         backward,
+        FEWEST_SLABS,
     )
     return config, p.shared_memory_per_block_optin
 
@@ -95,7 +97,11 @@ def plan(key: Sequence[int], machine: Machine) -> Blueprint:
     total = sum(y.rows * y.columns * b for y, b in zip(layouts, element_bytes, strict=True))
     config, shared_bytes = device_config(device, total, backward)
     # A CTA adds up what its slab gives to t in registers; in backward nothing is added up.
-    config = replace(config, min_rows=1 if backward else min(MOST_OF_FEWEST_ROWS, config.min_rows))
+    config = replace(
+        config,
+        min_rows=1 if backward else min(MOST_OF_FEWEST_ROWS, config.min_rows),
+        max_slabs=max(config.max_slabs, 3 * config.programs),
+    )
     pieces = [
         Piece(y, BYTES[x.type], BYTES[x.other] if backward else 0, x.aligned and _vectors(x))
         for x, y in zip(layers, layouts, strict=True)

@@ -41,19 +41,26 @@ class LaunchConfig:
 
     @classmethod
     def for_device(
-        cls, processors: int, l2_bytes: int, shared_bytes: int, model_bytes: int, backward: bool
+        cls,
+        processors: int,
+        l2_bytes: int,
+        shared_bytes: int,
+        model_bytes: int,
+        backward: bool,
+        fewest_slabs: float = 1.0,
     ) -> LaunchConfig:
         """The heuristic: everything that must fit L2 is a share of it, the rest is a constant.
 
         processors: SMs; shared_bytes: of one CTA at most; model_bytes: that the tiles of one phase
-        touch. The lookahead must exceed what all CTAs hold at a time (programs * tile_bytes) by one
-        or two waits, and stay far enough below L2 for the slabs to be found there again.
+        touch; fewest_slabs: for each SM, down to tiles of 16 KB. The lookahead must exceed what all
+        CTAs hold at a time (programs * tile_bytes) by one or two waits, and stay far enough below
+        L2 for the slabs to be found there again.
         """
         config = cls(programs=processors)
         tile, rows = config.tile_bytes, config.min_rows
-        if 2 * model_bytes < 5 * processors * tile:
-            # More than two slabs for every SM: waiting costs more than partial sums.
-            tile, rows = max(16 * KB, 2 * model_bytes // (5 * processors)), 4
+        if model_bytes < fewest_slabs * processors * tile:
+            # A small model: spread it over all SMs, waiting costs more than partial sums.
+            tile, rows = max(16 * KB, int(model_bytes / (fewest_slabs * processors))), 4
         return replace(
             config,
             staging_bytes=min(config.staging_bytes, shared_bytes - RESERVED_BYTES),

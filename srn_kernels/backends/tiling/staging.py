@@ -85,13 +85,13 @@ def _width(piece: Piece, path: int) -> int:
 
 
 def _counts(path: int, machine: Machine, whole: bool) -> list[int]:
-    """Of vectors a thread: for whole rows, and for panels of rows; or for rows that come in parts."""
+    """Of vectors a thread: for whole rows and panels of them, or for rows that come in parts."""
     counts = machine.scalars if path == SCALARS else machine.vectors
     return [n for n in counts if (n <= machine.part_vectors) == whole]
 
 
 def sharings(units: int, last: int, counts: Sequence[int], machine: Machine) -> list[Sharing]:
-    """The ways to share ``units`` of which only a thread's last may be missing, also of ``last``."""
+    """The ways to share ``units``, and ``last``, of which only a thread's last may be missing."""
     found = []
     for vectors in counts:
         warps = -(-units // (WARP * vectors))
