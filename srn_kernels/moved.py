@@ -20,8 +20,8 @@ class Finder(importlib.abc.MetaPathFinder):
     ) -> ModuleSpec | None:
         if name in OLD:
             raise ModuleNotFoundError(
-                f"{name} was part of srn_kernels before 0.2: a model pickled whole with it cannot be "
-                "loaded; save its state_dict with that version, and load that with this one",
+                f"{name} was part of srn_kernels before 0.2: a model pickled whole with it cannot "
+                "be loaded; save its state_dict with that version, and load that with this one",
                 name=name,
             )
         return None
