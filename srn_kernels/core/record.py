@@ -23,7 +23,7 @@ class Round:
         self.graphed = torch.is_grad_enabled()  # a backward may come
         self.backward_seen = False
         self.iterated = False  # of shards: whether u and v moved,
-        self.written: list[int] = []  # and the versions of their weights
+        self.written: list[tuple[Any, int]] = []  # and the versions of their weights
         self.versions: Sequence[int] = ()
         self.earlier: list[weakref.ref[Round]] = []
         self.root: object = None  # what was called

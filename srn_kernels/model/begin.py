@@ -221,7 +221,8 @@ def prepare(seen: rounds.Seen) -> list[int]:
 def _must_converge(entry: NormalizedWeight) -> bool:
     state = entry.state()
     if state is State.NEW:  # a draw and looks at numbers are not for torch.func's transforms
-        return torch._C._functorch.peek_interpreter_stack() is None
+        plain = torch._C._functorch.peek_interpreter_stack() is None
+        return plain or entry.fit.is_written(entry.weight)
     return state in (State.STALE, State.UNSET)
 
 

@@ -320,5 +320,7 @@ def adopt(state: State, prefix: str, name: str, entry: NormalizedWeight) -> None
     # Between this and the hook after loading: u and v belong to what comes, or to what was there.
     if complete:
         entry.become(State.UNSEEN)
-    elif entry.state() is not State.UNSET:
+    elif entry.state() in (State.UNSET, State.NEW):
+        entry.become(State.UNSET)
+    else:
         entry.become(State.STALE)

@@ -65,16 +65,15 @@ class Freshness:
 
     def now(self, weight: Tensor, u: Tensor, v: Tensor) -> State:
         """The state in view of the weight, u and v as they are."""
-        if self.state is State.NEW or self.state is State.FRESH:
-            if self.parameter is None:
-                return State.UNSEEN
-            if self._is_written(weight):
-                return State.STALE
-            if self.state is State.NEW and self.vectors != (version_of(u), version_of(v)):
-                return State.FRESH  # somebody put other vectors there
-        return self.state
+        if self.state is not State.NEW and self.state is not State.FRESH:
+            return self.state
+        if self.parameter is None:
+            return State.UNSEEN
+        if self.state is State.NEW and self.vectors == (version_of(u), version_of(v)):
+            return State.NEW  # whatever became of the weight
+        return State.STALE if self.is_written(weight) else State.FRESH
 
-    def _is_written(self, weight: Tensor) -> bool:
+    def is_written(self, weight: Tensor) -> bool:
         """Whether the weight was replaced, or written with no backward since u, v last moved."""
         known = self.parameter
         if weight is not known:

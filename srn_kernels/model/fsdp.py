@@ -31,7 +31,7 @@ def _measure(group: object, entries: Sequence[NormalizedWeight]) -> None:
     before = recompute.records_of(entries)
     record = rounds.measure(seen, iterations)
     record.iterated = any(iterations)
-    record.written = [e.written() for e in entries]
+    record.written = [(e, e.written()) for e in entries]
     for place, entry in enumerate(entries):
         entry.record = entry.pending = (record, place)
     finish(group, seen, iterations, before)
@@ -43,8 +43,7 @@ def _is_measured(entries: Sequence[NormalizedWeight]) -> bool:
         return False
     record = entries[0].pending[0]
     moves = record.iterated or not may_iterate(entries)
-    fits = {id(e.fit): e for e in entries}
-    return moves and record.written == [fits[id(x)].written() for x in record.layers]
+    return moves and all(e.written() == version for e, version in record.written)
 
 
 def look(group: Any) -> None:

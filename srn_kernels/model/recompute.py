@@ -16,7 +16,7 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from srn_kernels.core.record import Round
-from srn_kernels.model.freshness import version_of
+from srn_kernels.model.freshness import is_split, version_of
 from srn_kernels.model.weight import NormalizedWeight
 
 Place = tuple[Round, int]  # a round, and a layer's place in it
@@ -65,7 +65,8 @@ def own_rounds(root: object, entries: Sequence[NormalizedWeight]) -> list[Place]
     places = [_own_round(root, e, reentrant) for e in entries]
     for entry, (record, place) in zip(entries, places, strict=True):
         record.repeated = True
-        if not entry.fit.managed and version_of(entry.weight) != record.versions[place]:
+        whole = not entry.fit.managed and not is_split(entry.weight)
+        if whole and version_of(entry.weight) != record.versions[place]:
             raise RuntimeError(
                 f"the weight of layer {entry.label!r} was changed in place between a forward and "
                 "its repetition in a backward (activation checkpointing); run backward before the "

@@ -43,6 +43,7 @@ class Layer:
         settings = entry.settings
         self.settings, self.label = settings, entry.label
         self.shape, self.dtype, self.device = weight.shape, weight.dtype, weight.device
+        self.type = type(weight)  # FSDP2 shows now a DTensor, now a plain Parameter
         vector = weight.dim() == 1
         self.dim = 0 if vector else settings.dim
         self.rows = 1 if vector else weight.shape[settings.dim]
@@ -111,7 +112,7 @@ def look(entries: Sequence[NormalizedWeight]) -> Seen:
             layer is None
             or layer.settings is not entry.settings
             or layer.dtype is not weight.dtype
-            or not (fit or layer.describes(weight))
+            or not ((fit and layer.type is type(weight)) or layer.describes(weight))
         ):
             if not compiling:
                 check_tensor(weight, entry.label)
@@ -233,15 +234,21 @@ def _matrix(weight: Tensor) -> Tensor:
     return weight if is_dense(weight) else weight.contiguous()
 
 
-def _runner(kind: Kind, seen: Seen) -> Callable[..., tuple[Tensor, ...]]:
+def _runner(kind: Kind) -> Callable[..., tuple[Tensor, ...]]:
     """What runs a round of these layers: one op, or ops with a sum over processes in between."""
     if not kind.split:
         return run_round
     from srn_kernels.core import split  # torch.distributed only where it is in use
 
+    return split.run_split
+
+
+def _check_split(seen: Seen) -> None:
+    """Raises for a W_hat that DTensors do not offer; their u and v move all the same."""
+    from srn_kernels.core import split
+
     for layer, weight in zip(seen.layers, seen.weights, strict=True):
         split.check(weight, layer.settings, layer.label)
-    return split.run_split
 
 
 def normalize(
@@ -270,8 +277,10 @@ def _run(
     """:func:`normalize` of the layers of one op call."""
     plan = _plan_of(kind, seen, iterations)
     record = Round(plan, [e.fit for e in seen.entries]) if keep else None
+    if kind.split:
+        _check_split(seen)
     try:
-        results = _runner(kind, seen)(plan, record, _matrices(seen.weights), seen.us, seen.vs)
+        results = _runner(kind)(plan, record, _matrices(seen.weights), seen.us, seen.vs)
     except (RuntimeError, ValueError, TypeError, IndexError):
         _explain(seen)
         raise
@@ -359,7 +368,7 @@ def repeat(
         # Its backward counts as one of the original round.
         kept = Round(plan, [*(e.fit for e in seen.entries), record])
         vectors = (seen.us, seen.vs, round_state, stats)
-        results = _runner(kind, seen)(plan, kept, _matrices(seen.weights), *vectors)
+        results = _runner(kind)(plan, kept, _matrices(seen.weights), *vectors)
         for i, out in zip(part, _finish(seen, plan, results), strict=True):
             outs[i] = out
     return outs
@@ -402,7 +411,7 @@ def move(seen: Seen, iterations: Sequence[int]) -> None:
     for kind, places in _cached_parts(tuple(seen.layers)):
         part = seen.part(places)
         plan = _plan_of(kind, part, [iterations[i] for i in places])
-        _runner(kind, part)(plan, None, _matrices(part.weights), part.us, part.vs)
+        _runner(kind)(plan, None, _matrices(part.weights), part.us, part.vs)
 
 
 # --- looking, without changing anything -----------------------------------------------------------

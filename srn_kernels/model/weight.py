@@ -208,6 +208,10 @@ def hidden(module: nn.Module, name: str, label: str) -> RuntimeError:
         )
     elif name in module._parameters:
         cause = "it is None; set it again"
+    elif "_is_fsdp_managed_module" in module.__dict__:
+        cause = (
+            "FullyShardedDataParallel (FSDP1) flattened it, which is not supported; use fully_shard"
+        )
     else:
         cause = "it was deleted or moved; set it again"
     return RuntimeError(

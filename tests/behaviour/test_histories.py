@@ -100,10 +100,11 @@ class Twin:
 
     def wrote(self, name: str) -> None:
         if not self.seen[name]:
-            self.worth[name] = "stale"
+            self.replaced(name)
 
     def replaced(self, name: str) -> None:
-        self.worth[name] = "stale"
+        if self.worth[name] != "new":
+            self.worth[name] = "stale"
 
 
 class Pair:
@@ -307,7 +308,7 @@ def load_plain(pair: Pair, x: Tensor) -> None:
     plain = {k: t * 2 for k, t in pair.twin.plain.state_dict().items()}
     pair.both(lambda m: m.load_state_dict(plain))
     for name in NAMES:
-        pair.twin.worth[name] = "stale"
+        pair.twin.replaced(name)
         pair.twin.converge(name)
 
 

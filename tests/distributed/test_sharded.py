@@ -187,6 +187,8 @@ def mixed_precision(rank: int, world: int, *, nested: bool) -> None:
     model = copy.deepcopy(single)
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
     shard(model, nested, mp_policy=policy)
+    with torch.no_grad():  # so that the hooks below come after those of the units
+        model(batch(world, rank, 0)[1].float())
     seen: dict[str, Tensor] = {}
     for name in ("conv", "up", "head"):
         layer = model.get_submodule(name)

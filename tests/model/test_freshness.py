@@ -84,8 +84,8 @@ def show_a_tensor(layer: nn.Linear, entry: NormalizedWeight) -> None:
 
 # What each event makes of UNSET, NEW, FRESH, STALE and UNSEEN.
 TABLE: dict[Callable, tuple[State, State, State, State, State]] = {
-    write: (UNSET, STALE, STALE, STALE, UNSEEN),
-    replace: (UNSET, STALE, STALE, STALE, UNSEEN),
+    write: (UNSET, NEW, STALE, STALE, UNSEEN),
+    replace: (UNSET, NEW, STALE, STALE, UNSEEN),
     write_vectors: (UNSET, FRESH, FRESH, STALE, UNSEEN),
     backward: (UNSET, NEW, FRESH, STALE, UNSEEN),
     step: (UNSET, NEW, FRESH, STALE, UNSEEN),
