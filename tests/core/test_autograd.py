@@ -10,7 +10,7 @@ from collections.abc import Callable
 import oracle
 import pytest
 import torch
-from conftest import live_backends
+from live import live_backends
 from torch import Tensor
 
 from srn_kernels.functional import stable_rank_normalize

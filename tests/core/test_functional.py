@@ -8,9 +8,9 @@ from typing import NamedTuple
 import oracle
 import pytest
 import torch
-from conftest import live_backends, serves
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from live import live_backends, serves
 from oracle import DTYPES, LAYOUTS, NOT_DENSE, dtype_id
 from torch import Tensor
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import oracle
 import pytest
 import torch
-from conftest import live_backends
+from live import live_backends
 from oracle import DTYPES, LARGE, LAYOUTS, SMALL, Guarded, dtype_id
 from torch import Tensor
 from torch._subclasses import FakeTensorMode

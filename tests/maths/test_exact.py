@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from conftest import live_backends
+from live import live_backends
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 

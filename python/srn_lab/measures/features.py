@@ -105,7 +105,7 @@ def inception_features(weights: str | None = None) -> Features:
         # A torchvision of another torch raises RuntimeError when it registers its operators.
         raise FeatureError(
             f"features inception need torch-fidelity, and the torchvision made for this torch: "
-            f"{error}. pip install srn_kernels[inception], or use features lab"
+            f"{error}. pip install srn_lab[inception], or use features lab"
         ) from error
     extractor = FeatureExtractorInceptionV3(
         "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=weights
