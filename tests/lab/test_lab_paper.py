@@ -144,7 +144,7 @@ def test_bad_options_exit_with_2_and_say_why(arguments, message, tmp_path):
 
 
 def test_missing_data_is_reported_for_each_unit_and_the_rest_runs(tmp_path):
-    arguments = ["--preset", "gpu", "--only", "example_a2", "--only", "fig7", "--seeds", 1]
+    arguments = ["--preset", "gpu", "--only", "example_a2", "--only", "fig1a", "--seeds", 1]
     result = invoke("paper", *arguments, "--root", tmp_path / "none", "--out", tmp_path / "out")
     assert result.exit_code == 1
     text = "".join(result.output.split())  # lines are wrapped anywhere
