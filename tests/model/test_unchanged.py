@@ -46,7 +46,7 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
         for key, entry in module.__dict__.get(KEY, {}).items():
             state = {k: v for k, v in vars(entry).items() if k not in ("constants", "record")}
             seen[f"{name}: entry {key}"] = {k: _content(v) for k, v in state.items()}
-        this = module.__dict__.get("_srn_round")
+        this = module.__dict__.get("_srn_group")
         if this is not None:
             seen[f"{name}: round"] = {k: _content(v) for k, v in vars(this).items()}
     return seen

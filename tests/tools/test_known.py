@@ -186,7 +186,7 @@ def test_apply_refuses_a_model_where_nothing_is_left_to_normalise() -> None:
     )
     with pytest.raises(ValueError, match=r"0\.weight: .*convert_spectral_norm.*1\.weight"):
         srn.apply_stable_rank_norm(model)
-    assert "_srn_round" not in model.__dict__
+    assert "_srn_group" not in model.__dict__
     model.append(nn.Linear(4, 4))
     with pytest.warns(UserWarning, match=r"0\.weight.*1\.weight") as caught:
         srn.apply_stable_rank_norm(model)
