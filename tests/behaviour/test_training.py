@@ -25,6 +25,7 @@ from torch.nn.utils import parametrizations
 from torch.optim.swa_utils import SWALR, AveragedModel, get_ema_multi_avg_fn, update_bn
 
 import srn_kernels as srn
+from srn_kernels.backends import cpu
 
 
 def pair(rank_ratio: float = 1.0) -> tuple[nn.Module, nn.Module]:
@@ -302,6 +303,9 @@ def test_a_shallow_copy_is_refused() -> None:
 
 SCRIPT = """
 import sys, torch
+from srn_kernels.backends import cpu
+if sys.argv[5] != "None":  # another instruction set rounds otherwise
+    assert cpu._cpu.select_instruction_set(sys.argv[5])
 model = torch.load(sys.argv[1], weights_only=False)
 x = torch.load(sys.argv[2])
 state = torch.load(sys.argv[3])  # weights_only: tensors alone
@@ -317,7 +321,8 @@ def test_whole_model_and_state_travel_between_processes(tmp_path) -> None:
     torch.save(model, files[0])
     torch.save(x, files[1])
     torch.save(model.state_dict(), files[2])
-    subprocess.run([sys.executable, "-c", SCRIPT, *files], check=True)
+    arguments = [*files, str(cpu.instruction_set())]
+    subprocess.run([sys.executable, "-c", SCRIPT, *arguments], check=True)
     out, after = torch.load(files[3])
     assert torch.equal(out, model(x))
     assert all(torch.equal(value, after[key]) for key, value in model.state_dict().items())

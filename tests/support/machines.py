@@ -12,6 +12,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -26,6 +27,7 @@ NUMERICAL = (
     *("layers", "module_kinds", "rounds", "histories", "training", "activation_checkpoint"),
 )
 # name: (variables, instruction set of our kernels, expression that leaves tests out)
+PATIENT = {"OMP_WAIT_POLICY": "PASSIVE"}  # more threads than cores: who waits leaves the core
 NO_INDUCTOR = "not inductor"  # ATEN_CPU_CAPABILITY=default breaks the C++ that inductor writes
 SETTINGS: dict[str, tuple[dict[str, str], str, str]] = {
     "no AVX, 1 thread": (
@@ -129,6 +131,9 @@ def main() -> int:
             if left_out:
                 print(f"  leaves out {left_out.removeprefix('not ')}: the setting itself breaks it")
             began = time.perf_counter()
+            # inductor's cache does not tell settings apart, and would mix their vector widths
+            cache = tempfile.TemporaryDirectory()
+            own = PATIENT | {"TORCHINDUCTOR_CACHE_DIR": cache.name}
             done = subprocess.run(
                 [
                     *(sys.executable, "-m", "pytest", "-q", "-n", "2", "--dist", "worksteal"),
@@ -137,11 +142,12 @@ def main() -> int:
                     *files(),
                     *options.pytest,
                 ],
-                env=os.environ | variables,
+                env=os.environ | own | variables,
                 cwd=TESTS.parent,
                 stdout=subprocess.PIPE,
                 text=True,
             )
+            cache.cleanup()
             lines = done.stdout.strip().splitlines()
             print("\n".join(line for line in lines if line.startswith(("FAILED", "ERROR"))), end="")
             print(f"  {lines[-1]} ({time.perf_counter() - began:.0f} s)", flush=True)
