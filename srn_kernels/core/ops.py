@@ -48,12 +48,16 @@ _SCHEMAS = {
 
 def _tell_autograd(*written: list[Tensor]) -> None:
     """Kernels write through plain pointers."""
-    torch.autograd.graph.increment_version(
-        [x for tensors in written for x in tensors if not x.is_inference()]
-    )
+    for tensors in written:
+        try:
+            torch.autograd.graph.increment_version(tensors)
+        except RuntimeError:  # inference tensors have no version
+            torch.autograd.graph.increment_version([x for x in tensors if not x.is_inference()])
 
 
 def _moved(vectors: list[Tensor], iterations: list[int]) -> list[Tensor]:
+    if min(iterations) > 0:
+        return vectors
     return [x for x, n in zip(vectors, iterations, strict=True) if n > 0]
 
 

@@ -20,6 +20,7 @@ class Round:
         self.layers = layers  # told of a backward: their attribute ``backward_seen``
         self.round_state: Tensor | None = None
         self.stats: Tensor | None = None
+        self._places: dict[int, int] | None = None
         self.graphed = torch.is_grad_enabled()  # a backward may come
         self.backward_seen = False
         self.iterated = False  # of shards: whether u and v moved,
@@ -36,6 +37,12 @@ class Round:
         """Takes the numbers of the round when they are made, and the versions of its weights."""
         self.round_state, self.stats, self.versions = round_state, stats, versions
 
+    def place_of(self, layer: Any) -> int:
+        """Where a layer stands in this round; ``layer``: as in :attr:`layers`."""
+        if self._places is None:
+            self._places = {id(known): i for i, known in enumerate(self.layers)}
+        return self._places[id(layer)]
+
     def waiting(self) -> list[Round]:
         """Earlier rounds of these layers whose graphs live and have seen no backward."""
         alive = [*self.kept, *(ref() for ref in self.earlier)]
@@ -44,7 +51,10 @@ class Round:
 
 def versions_of(weights: Sequence[Tensor]) -> list[int]:
     """What :func:`begin_backward` compares; -1 for inference tensors, which have no version."""
-    return [-1 if w.is_inference() else w._version for w in weights]
+    try:
+        return [w._version for w in weights]
+    except RuntimeError:
+        return [-1 if w.is_inference() else w._version for w in weights]
 
 
 def begin_backward(

@@ -179,10 +179,10 @@ def fill(shadow: Shadow) -> None:
         raise RuntimeError(_TRACING)
     refuse_surroundings(entries)
     if recompute.in_backward():
-        places = recompute.own_rounds(shadow.root, entries)
-        if places is not None:
-            shadow.install(rounds.repeat(entries, places))
-            _move_late(entries, places)
+        records = recompute.own_rounds(shadow.root, entries)
+        if records is not None:
+            shadow.install(rounds.repeat(entries, records))
+            _move_late(entries, records)
             return
     if entries[0].pending is not None and all(e.pending is not None for e in entries):
         # measured on shards, and gathered now
@@ -230,9 +230,10 @@ def finish(
     root: object, seen: rounds.Seen, iterations: Sequence[int], before: Sequence[Round]
 ) -> None:
     """What a round leaves in its weights: u and v that fit, and its own record."""
-    for entry, weight, n in zip(seen.entries, seen.weights, iterations, strict=True):
+    columns = (seen.entries, seen.weights, seen.versions, iterations)
+    for entry, weight, version, n in zip(*columns, strict=True):
         if n > 0 or entry.fit.parameter is None:
-            entry.fit.moved(weight)
+            entry.fit.moved(weight, version)
     recompute.link_waiting(root, seen.entries, before)
     if not torch.is_grad_enabled():  # a reentrant checkpoint's, perhaps
         for entry in seen.entries:
@@ -240,18 +241,18 @@ def finish(
                 entry.apart = entry.record
 
 
-def _move_late(entries: Sequence[NormalizedWeight], places: Sequence[recompute.Place]) -> None:
+def _move_late(entries: Sequence[NormalizedWeight], records: Sequence[Round]) -> None:
     """Moves u and v after the repetition of rounds that ran in training without gradients."""
     late = [
         e
-        for e, (record, _) in zip(entries, places, strict=True)
-        if e.apart is not None and e.apart[0] is record and not record.moved and e.training
+        for e, record in zip(entries, records, strict=True)
+        if e.apart is record and not record.moved and e.training
     ]
     if not late or not may_iterate(late):
         return
     with torch.no_grad():
         rounds.move(rounds.look(late), [e.settings.n_power_iterations for e in late])
-    for record in {id(r): r for r, _ in places}.values():
+    for record in records:
         record.moved = True
     for entry in late:
         entry.become(State.FRESH)

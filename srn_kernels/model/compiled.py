@@ -23,16 +23,15 @@ def enter(entries: Sequence[NormalizedWeight]) -> list[NormalizedWeight]:
     iterate = may_iterate(todo)
     iterations = [e.settings.n_power_iterations if iterate and e.training else 0 for e in todo]
     outs = rounds.normalize(rounds.look(todo), iterations)
-    for entry, out in zip(todo, outs, strict=True):
+    for entry in todo:
         entry.fit.forget()
-        put(entry, out)
+    put(todo, outs)
     return todo
 
 
 def leave(entries: Sequence[NormalizedWeight]) -> None:
     """Undoes :func:`enter`."""
-    for entry in entries:
-        take(entry)
+    take(entries)
 
 
 def enter_layer(module: nn.Module, entries: Sequence[NormalizedWeight]) -> None:

@@ -15,12 +15,14 @@ def is_split(weight: Tensor) -> bool:
 
 def version_of(weight: Tensor) -> int:
     """A number that changes with every write in place that autograd sees."""
-    if weight.is_inference():
+    try:
+        version = weight._version
+    except RuntimeError:  # inference tensors have none
         return -1
     if type(weight) is nn.Parameter:
-        return weight._version
+        return version
     # foreach and fused optimisers write the local part alone
-    return weight._version + (weight._local_tensor._version if is_split(weight) else 0)
+    return version + (weight._local_tensor._version if is_split(weight) else 0)
 
 
 class State(enum.Enum):
@@ -55,11 +57,12 @@ class Freshness:
         self.backward_seen = False
         self.managed = False  # FSDP2 shows now its shards, now the gathered weight
 
-    def fits(self, weight: Tensor) -> bool:
-        """Whether u and v are known to serve this weight; the short way to ``now() is FRESH``."""
+    def fits(self, weight: Tensor, version: int) -> bool:
+        """Whether u and v are known to serve this weight of this :func:`version_of`; the short way
+        to ``now() is FRESH``."""
         return (
             weight is self.parameter
-            and (self.backward_seen or version_of(weight) == self.version)
+            and (self.backward_seen or version == self.version)
             and self.state is State.FRESH
         )
 
@@ -106,10 +109,11 @@ class Freshness:
             weight = known
         self.parameter, self.version = weight, version_of(weight)
 
-    def moved(self, weight: Tensor) -> None:
-        """u and v have moved in a round of this weight; the short way to become FRESH."""
+    def moved(self, weight: Tensor, version: int) -> None:
+        """u and v have moved in a round of this weight, of this :func:`version_of`; the short way
+        to become FRESH."""
         if weight is self.parameter and self.state is State.FRESH:
-            self.backward_seen, self.version = False, version_of(weight)
+            self.backward_seen, self.version = False, version
         else:
             self.become(State.FRESH, weight)
 

@@ -32,8 +32,8 @@ def _measure(group: object, entries: Sequence[NormalizedWeight]) -> None:
     record = rounds.measure(seen, iterations)
     record.iterated = any(iterations)
     record.written = [(e, e.written()) for e in entries]
-    for place, entry in enumerate(entries):
-        entry.record = entry.pending = (record, place)
+    for entry in entries:
+        entry.record = entry.pending = record
     finish(group, seen, iterations, before)
 
 
@@ -41,7 +41,7 @@ def _is_measured(entries: Sequence[NormalizedWeight]) -> bool:
     """Whether a round around this one has measured them, and its numbers still serve."""
     if any(e.pending is None for e in entries):
         return False
-    record = entries[0].pending[0]
+    record = entries[0].pending
     moves = record.iterated or not may_iterate(entries)
     return moves and all(e.written() == version for e, version in record.written)
 

@@ -19,8 +19,6 @@ from srn_kernels.core.record import Round
 from srn_kernels.model.freshness import is_split, version_of
 from srn_kernels.model.weight import NormalizedWeight
 
-Place = tuple[Round, int]  # a round, and a layer's place in it
-
 
 def in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
@@ -34,7 +32,7 @@ def _is_reentrant() -> bool:
 
 def records_of(entries: Sequence[NormalizedWeight]) -> list[Round]:
     """The distinct last rounds of ``entries``."""
-    return list({id(e.record[0]): e.record[0] for e in entries if e.record is not None}.values())
+    return [x for x in dict.fromkeys([e.record for e in entries]) if x is not None]
 
 
 def link_waiting(
@@ -54,43 +52,43 @@ def note_use(entries: Iterable[NormalizedWeight]) -> None:
     """Notes that layers ran without gradients in a round: in a reentrant checkpoint, perhaps."""
     for entry in entries:
         if entry.record is not None:
-            entry.record[0].checkpointed = True
+            entry.record.checkpointed = True
 
 
-def own_rounds(root: object, entries: Sequence[NormalizedWeight]) -> list[Place] | None:
+def own_rounds(root: object, entries: Sequence[NormalizedWeight]) -> list[Round] | None:
     """The rounds that a repetition of ``entries``, called as ``root``, has to repeat."""
     if any(e.record is None for e in entries):
         return None
     reentrant = _is_reentrant()
-    places = [_own_round(root, e, reentrant) for e in entries]
-    for entry, (record, place) in zip(entries, places, strict=True):
+    records = [_own_round(root, e, reentrant) for e in entries]
+    for entry, record in zip(entries, records, strict=True):
         record.repeated = True
         whole = not entry.fit.managed and not is_split(entry.weight)
-        if whole and version_of(entry.weight) != record.versions[place]:
+        version = record.versions[record.place_of(entry.fit)] if whole else None
+        if whole and version_of(entry.weight) != version:
             raise RuntimeError(
                 f"the weight of layer {entry.label!r} was changed in place between a forward and "
                 "its repetition in a backward (activation checkpointing); run backward before the "
                 "optimiser's step"
             )
-    return places
+    return records
 
 
-def _own_round(root: object, entry: NormalizedWeight, reentrant: bool) -> Place:
-    record, place = entry.record
+def _own_round(root: object, entry: NormalizedWeight, reentrant: bool) -> Round:
+    record = entry.record
     waiting = [r for r in record.waiting() if any(x is entry.fit for x in r.layers)]
     apart = entry.apart if reentrant else None
-    if apart is not None and apart[0].root is root:
-        if root is not entry.sites[0][0] or (apart[0] is record and not waiting):
+    if apart is not None and apart.root is root:
+        if root is not entry.sites[0][0] or (apart is record and not waiting):
             return apart
-        if not apart[0].moved:  # the layer alone, and in a round with gradients: which is meant?
+        if not apart.moved:  # the layer alone, and in a round with gradients: which is meant?
             raise _ambiguous(entry)
     if not waiting:
-        return record, place
+        return record
     if record.graphed or len(waiting) > 1:
         raise _ambiguous(entry)
     # Since then there were forwards without gradients only.
-    (record,) = waiting
-    return record, next(i for i, x in enumerate(record.layers) if x is entry.fit)
+    return waiting[0]
 
 
 def _ambiguous(entry: NormalizedWeight) -> RuntimeError:

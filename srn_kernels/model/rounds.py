@@ -17,7 +17,7 @@ from srn_kernels.core.plan import Plan, make_plan
 from srn_kernels.core.record import Round
 from srn_kernels.maths.bound import bounded
 from srn_kernels.maths.matrix import first_vector, round_vectors, state_dtype
-from srn_kernels.model.freshness import State, is_split
+from srn_kernels.model.freshness import State, is_split, version_of
 from srn_kernels.model.weight import NormalizedWeight, hidden
 
 _FIRST = 2**63 - 1  # a sequence number behind that of every ordinary node
@@ -89,6 +89,7 @@ class Seen(NamedTuple):
     weights: Sequence[Tensor]
     us: Sequence[Tensor]
     vs: Sequence[Tensor]
+    versions: Sequence[int]  # of the weights; 0 where a compiler traces
     training: Sequence[bool]
     fits: Sequence[bool]  # whether u and v are known to serve the weight
 
@@ -100,14 +101,15 @@ def look(entries: Sequence[NormalizedWeight]) -> Seen:
     """The weights of a round with their u and v; RuntimeError names a layer whose weight is hidden
     or no longer belongs to its u and v."""
     compiling = torch.compiler.is_compiling()
-    layers, weights, us, vs, training, fits = [], [], [], [], [], []
+    layers, weights, us, vs, versions, training, fits = [], [], [], [], [], [], []
     for entry in entries:
         module, name = entry.sites[0]
         attributes, layer = module.__dict__, None if compiling else entry.layer
         weight, buffers = attributes["_parameters"].get(name), attributes["_buffers"]
         if weight is None:
             raise hidden(module, name, entry.label)
-        fit = compiling or entry.fit.fits(weight)
+        version = 0 if compiling else version_of(weight)
+        fit = compiling or entry.fit.fits(weight, version)
         if (
             layer is None
             or layer.settings is not entry.settings
@@ -127,9 +129,10 @@ def look(entries: Sequence[NormalizedWeight]) -> Seen:
         weights.append(weight)
         us.append(u)
         vs.append(v)
+        versions.append(version)
         training.append(attributes["training"] or (layer.tied and entry.training))
         fits.append(fit)
-    return Seen(entries, layers, weights, us, vs, training, fits)
+    return Seen(entries, layers, weights, us, vs, versions, training, fits)
 
 
 def _explain(seen: Seen) -> None:
@@ -285,8 +288,8 @@ def _run(
         _explain(seen)
         raise
     if record is not None:
-        for place, entry in enumerate(seen.entries):
-            entry.record = (record, place)
+        for entry in seen.entries:
+            entry.record = record
     if early and not kind.split and results[0].grad_fn is not None:
         # The engine takes the latest node that is ready; rounds are made before all layers.
         results[0].grad_fn._set_sequence_nr(_FIRST)
@@ -341,22 +344,21 @@ def measure(seen: Seen, iterations: Sequence[int]) -> Round:
     return record
 
 
-def repeat(
-    entries: Sequence[NormalizedWeight], records: Sequence[tuple[Round, int]]
-) -> list[Tensor]:
+def repeat(entries: Sequence[NormalizedWeight], records: Sequence[Round]) -> list[Tensor]:
     """W_hat of the given rounds once more, bit for bit, on nodes of their own.
 
-    ``records[i]``: the round of ``entries[i]`` and its place in it.
+    ``records[i]``: the round of ``entries[i]``.
     """
     outs: list[Any] = [None] * len(entries)
     whole = look(entries)
     parts: dict[Any, list[int]] = {}
-    for i, (record, _) in enumerate(records):
+    for i, record in enumerate(records):
         parts.setdefault((id(record), whole.layers[i].kind), []).append(i)
     for (_, kind), part in parts.items():
-        part.sort(key=lambda i: records[i][1])
+        record = records[part[0]]
+        by_place = sorted((record.place_of(entries[i].fit), i) for i in part)
+        places, part = [p for p, _ in by_place], [i for _, i in by_place]
         seen = whole.part(part)
-        record, places = records[part[0]][0], [records[i][1] for i in part]
         dtypes = record.plan.out_dtypes  # none where shards were measured
         wanted = tuple([dtypes[p] for p in places]) if dtypes else None
         plan = _plan_of(kind, seen, (-1,) * len(part), wanted)

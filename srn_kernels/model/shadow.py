@@ -16,23 +16,27 @@ from srn_kernels.model.weight import NormalizedWeight
 lock = threading.RLock()
 
 
-def put(entry: NormalizedWeight, out: Tensor) -> None:
-    """Shows W_hat at every site of a weight."""
-    entry.shadowed = True
-    for module, name in entry.sites:
-        module.__dict__[name] = out
-        if isinstance(module, nn.RNNBase):
-            _flatten(module)
+def put(entries: Sequence[NormalizedWeight], outs: Sequence[Tensor]) -> None:
+    """Shows W_hat at every site of the weights."""
+    for entry, out in zip(entries, outs, strict=True):
+        entry.shadowed = True
+        for module, name in entry.sites:
+            module.__dict__[name] = out
+            if isinstance(module, nn.RNNBase):
+                _flatten(module)
 
 
-def take(entry: NormalizedWeight) -> Tensor | None:
-    """Shows the parameter again; returns what stood in front of it."""
-    entry.shadowed, seen = False, None
-    for module, name in entry.sites:
-        seen = module.__dict__.pop(name, None)
-        if isinstance(module, nn.RNNBase):
-            _flatten(module)
-    return seen
+def take(entries: Sequence[NormalizedWeight]) -> list[Tensor | None]:
+    """Shows the parameters again; returns what stood in front of them."""
+    outs = []
+    for entry in entries:
+        entry.shadowed, seen = False, None
+        for module, name in entry.sites:
+            seen = module.__dict__.pop(name, None)
+            if isinstance(module, nn.RNNBase):
+                _flatten(module)
+        outs.append(seen)
+    return outs
 
 
 def _flatten(module: nn.RNNBase) -> None:
@@ -58,9 +62,9 @@ class Shadow:
     def install(self, outs: Sequence[Tensor]) -> None:
         self.outs = outs
         self.versions = [e.written() for e in self.entries] if self.shared else []
-        for entry, out in zip(self.entries, outs, strict=True):
+        for entry in self.entries:
             entry.shadow = self
-            put(entry, out)
+        put(self.entries, outs)
 
     def lacks_graph(self) -> bool:
         """Whether gradients are wanted now that this W_hat cannot deliver."""
@@ -78,13 +82,14 @@ class Shadow:
         self.users -= 1
         if self.users > 0:
             return []
-        gone = []
-        for entry, out in zip(self.entries, self.outs, strict=False):
-            if entry.shadow is self:
-                entry.shadow = None
-                if take(entry) is not out:
-                    gone.append(entry)
-        return gone
+        shown, outs = self.entries, self.outs
+        if any(e.shadow is not self for e in shown):  # another, or an error, has come between
+            outs = [x for e, x in zip(shown, outs, strict=False) if e.shadow is self]
+            shown = [e for e in shown if e.shadow is self]
+        for entry in shown:
+            entry.shadow = None
+        found = zip(shown, outs, take(shown), strict=True)
+        return [entry for entry, out, seen in found if seen is not out]
 
 
 class Lease:

@@ -49,9 +49,9 @@ class NormalizedWeight:
     def _start(self) -> None:
         self.shadow: Any = None  # the Shadow whose W_hat is in front of the parameter now
         self.shadowed = False  # whether any is, also in a traced round
-        self.pending: tuple[Round, int] | None = None  # measured, but W_hat is not made yet
-        self.record: tuple[Round, int] | None = None  # the last round, and our place in it
-        self.apart: tuple[Round, int] | None = None  # the last without gradients in training
+        self.pending: Round | None = None  # has measured us, but W_hat is not made yet
+        self.record: Round | None = None  # the last
+        self.apart: Round | None = None  # the last without gradients in training
         self.layer: Any = None  # what rounds know of it beside its tensors
 
     # A copy keeps the state of u and v: the Parameter and the vectors are copied along with it, so

@@ -193,13 +193,13 @@ class History:
     def __call__(self) -> dict[str, dict[str, float]]:
         entries = root.entries_of(self.model)
         current = {id(e) for e in entries if _is_current(e)}
-        records = {id(e.record[0]): e.record[0] for e in entries if id(e) in current}
-        stats = {key: record.stats.tolist() for key, record in records.items()}
+        records = {e.record for e in entries if id(e) in current}
+        stats = {record: record.stats.tolist() for record in records}
         row = {}
         for entry in entries:
             if id(entry) in current:
-                record, place = entry.record
-                row[entry.label] = _numbers(stats[id(record)][place], entry.target_rank())
+                numbers = stats[entry.record][entry.record.place_of(entry.fit)]
+                row[entry.label] = _numbers(numbers, entry.target_rank())
                 continue
             seen = _row(entry, "")
             row[entry.label] = {
@@ -217,8 +217,8 @@ def _is_current(entry: NormalizedWeight) -> bool:
     """Whether the last eager round is the last that moved u (a compiled one leaves no record)."""
     if entry.record is None or not entry.u.numel():
         return False
-    record, place = entry.record
-    offset = record.plan.offsets[place]
+    record = entry.record
+    offset = record.plan.offsets[record.place_of(entry.fit)]
     return torch.equal(record.round_state[offset : offset + entry.u.numel()], entry.u.flatten())
 
 

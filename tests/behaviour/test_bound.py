@@ -200,7 +200,7 @@ def test_rounds_train_the_gain_and_move_state_once() -> None:
     assert losses[-1] < losses[0]
     assert all(float(m.weight_gain.detach()) != 1 for m in (model.conv, model.up, model.head))
     # Nothing re-converges after an optimiser step.
-    assert not any(not e.fit.fits(e.weight) for e in model.conv._srn.values())
+    assert not any(not e.fit.fits(e.weight, e.weight._version) for e in model.conv._srn.values())
 
     frozen = wrapped().train()
     for layer in (frozen.conv, frozen.up, frozen.head):
