@@ -44,7 +44,8 @@ def key(shapes, backward=False, types=(F32, F32), iterations=1, aligned=True, di
     words = [0, int(backward), 0]
     for i, shape in enumerate(shapes):
         strides = torch.empty(shape, device="meta").stride()
-        words += [len(shape), dim, *types, int(aligned), iterations, 0, i, *shape, *strides]
+        words += [len(shape), dim, *types, int(aligned), iterations, 0, i, F32, 1]
+        words += [*shape, *strides]
     return words
 
 
@@ -75,6 +76,8 @@ def unpacked(made: planning.Blueprint):
         "piece_columns",
         "other_offset",
         "first_protected",
+        "gain_type",
+        "through",
     ]
     records = [dict(zip(names, x, strict=True)) for x in planning.RECORD.iter_unpack(made.records)]
     phases = {op: phase for phase, op in planning._OPS.items()}
@@ -224,7 +227,7 @@ def test_tables_of_columns_follow_each_other():
     strides = torch.empty(8, 4, 3, 3).to(memory_format=torch.channels_last).stride()
     words = [0, 0, 0]
     for i in range(2):
-        words += [4, 0, F32, F32, 1, 1, 0, i, 8, 4, 3, 3, *strides]
+        words += [4, 0, F32, F32, 1, 1, 0, i, F32, 1, 8, 4, 3, 3, *strides]
     made = planning.plan(words, MACHINE)
     assert [r["column_of"] for r in unpacked(made)[0]] == [0, 36]
     tables = torch.frombuffer(bytearray(made.columns), dtype=torch.int32).view(2, 36)

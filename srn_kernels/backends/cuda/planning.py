@@ -31,7 +31,7 @@ FLOAT32, BFLOAT16, FLOAT16, FLOAT64 = range(4)  # as Type in plan.h
 BYTES = {FLOAT32: 4, BFLOAT16: 2, FLOAT16: 2, FLOAT64: 8}
 MOST_OF_FEWEST_ROWS = 8
 FEWEST_SLABS = 2.5  # for each SM: rounding to whole rows leaves two
-RECORD = struct.Struct("=2q22i")
+RECORD = struct.Struct("=2q24i")
 
 
 class Layer(NamedTuple):
@@ -46,6 +46,11 @@ class Layer(NamedTuple):
     iterations: int
     offset: int  # of u in the round's state
     row: int  # of the statistics
+    gain_type: int  # of its gain or the gain's gradient, if it has one
+    through: bool  # see Scaling in csrc/scalars.h
+
+
+_NUMBERS = len(Layer._fields) - 2  # all but shape and strides
 
 
 @dataclass(frozen=True)
@@ -65,12 +70,10 @@ def layers_of(words: Sequence[int]) -> Iterator[Layer]:
     """The layers in a plan's key; see describe() in bindings.cpp."""
     at = 0
     while at < len(words):
-        n, dim, type_, other, aligned, iterations, offset, row = words[at : at + 8]
-        shape, strides = words[at + 8 : at + 8 + n], words[at + 8 + n : at + 8 + 2 * n]
-        yield Layer(
-            tuple(shape), tuple(strides), dim, type_, other, bool(aligned), iterations, offset, row
-        )
-        at += 8 + 2 * n
+        n, *numbers = words[at : at + _NUMBERS + 1]
+        at += _NUMBERS + 1
+        yield Layer(tuple(words[at : at + n]), tuple(words[at + n : at + 2 * n]), *numbers)
+        at += 2 * n
 
 
 @functools.cache
@@ -156,6 +159,8 @@ def plan(key: Sequence[int], machine: Machine) -> Blueprint:
             staged.piece_columns,
             staged.other_offset,
             cut.first_protected,
+            x.gain_type,
+            x.through,
         )
     return _blueprint(bytes(records), tiles, columns, staging, config)
 
