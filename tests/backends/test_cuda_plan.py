@@ -40,11 +40,11 @@ def h200(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(staging, "IN_FLIGHT", 64 * KB)
 
 
-def key(shapes, backward=False, types=(F32, F32), iterations=1, aligned=True, dim=0):
+def key(shapes, backward=False, types=(F32, F32), iterations=1, aligned=True, dim=0, gain=(F32, 1)):
     words = [0, int(backward), 0]
     for i, shape in enumerate(shapes):
         strides = torch.empty(shape, device="meta").stride()
-        words += [len(shape), dim, *types, int(aligned), iterations, 0, i, F32, 1]
+        words += [len(shape), dim, *types, int(aligned), iterations, 0, i, *gain]
         words += [*shape, *strides]
     return words
 
@@ -221,6 +221,19 @@ def test_no_model_is_cut_coarser_than_a_slightly_smaller_one():
 def test_rows_that_are_not_contiguous_are_read_directly():
     (record,), _ = unpacked(planning.plan(key([(64, 48, 3, 3)], dim=1), MACHINE))
     assert (record["path"], record["inner"], record["columns"]) == (staging.DIRECT, 9, 576)
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_a_gain_changes_no_tile(backward):
+    shapes = workloads.load()["biggan_128_D_ch96"].shapes
+    plain, gained = (
+        planning.plan(key(shapes, backward, gain=gain), MACHINE) for gain in ((F32, 1), (BF16, 0))
+    )
+    assert plain.tiles == gained.tiles and plain.ctas == gained.ctas
+    (records, _), (others, _) = unpacked(plain), unpacked(gained)
+    assert {(r.pop("gain_type"), r.pop("through")) for r in records} == {(F32, 1)}
+    assert {(r.pop("gain_type"), r.pop("through")) for r in others} == {(BF16, 0)}
+    assert records == others
 
 
 def test_tables_of_columns_follow_each_other():
