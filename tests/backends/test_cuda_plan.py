@@ -8,13 +8,14 @@ import pytest
 import torch
 
 from benchmarks.cases import workloads
+from benchmarks.gpu import events
 from srn_kernels.backends.cuda import planning
 from srn_kernels.backends.tiling import staging
 from srn_kernels.backends.tiling.config import KB, MB, LaunchConfig
 from srn_kernels.backends.tiling.schedule import Phase, Schedule, Tile, check
 
-# As plan.h has them; the extension's own figures are compared below where there is one.
-MACHINE = staging.Machine(15, (1, 2, 3, 6, 9), (1, 3, 6), 3, 1920, 16, 32, (10752, 18560))
+# The extension's own figures are compared below where there is one.
+MACHINE = events.KERNELS
 # SMs, L2 and shared memory of a CTA: sm_90 and sm_100, sm_80, and sm_86, 89, 120.
 CARDS = {227: (132, 50 * MB), 164: (108, 40 * MB), 99: (84, 6 * MB)}
 F32, BF16 = planning.FLOAT32, planning.BFLOAT16
@@ -24,9 +25,7 @@ def use_card(monkeypatch: pytest.MonkeyPatch, shared: int) -> None:
     processors, l2 = CARDS[shared]
 
     def config(device: int, model_bytes: int, backward: bool) -> tuple[LaunchConfig, int]:
-        made = LaunchConfig.for_device(
-            processors, l2, shared * KB, model_bytes, backward, planning.FEWEST_SLABS
-        )
+        made = planning.config_for(processors, l2, shared * KB, model_bytes, backward)
         return made, shared * KB
 
     monkeypatch.setattr(planning, "device_config", config)
@@ -51,36 +50,8 @@ def key(shapes, backward=False, types=(F32, F32), iterations=1, aligned=True, di
 
 def unpacked(made: planning.Blueprint):
     """Records as dictionaries of plan.h's names, and tiles."""
-    names = [
-        "round",
-        "scratch",
-        "rows",
-        "columns",
-        "inner",
-        "column_of",
-        "slab_rows",
-        "slabs",
-        "column_width",
-        "column_tiles",
-        "arrivals",
-        "passes",
-        "iterations",
-        "stats_row",
-        "type",
-        "other_type",
-        "path",
-        "vectors",
-        "group_warps",
-        "piece_rows",
-        "row_pieces",
-        "piece_columns",
-        "other_offset",
-        "first_protected",
-        "gain_type",
-        "through",
-    ]
-    records = [dict(zip(names, x, strict=True)) for x in planning.RECORD.iter_unpack(made.records)]
-    phases = {op: phase for phase, op in planning._OPS.items()}
+    records = [planning.Record(*x)._asdict() for x in planning.RECORD.iter_unpack(made.records)]
+    phases = {op: phase for phase, op in planning.OPS.items()}
     words = torch.frombuffer(bytearray(made.tiles), dtype=torch.int32).view(-1, 4).tolist()
     return records, [Tile(a, phases[b], c, d) for a, b, c, d in words]
 
