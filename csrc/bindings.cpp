@@ -1,6 +1,7 @@
 // Tensors to plain pointers, and the Python module of the CPU backend. The ops themselves are
 // registered in srn_kernels/core/ops.py, whose schemas say what each list means.
 #include <ATen/ATen.h>
+#include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <torch/extension.h>
 
@@ -10,10 +11,11 @@
 #include "checks.h"
 #include "cpu/layer.h"
 #include "cpu/recycler.h"
+#include "verbs.h"
 
 namespace {
 
-using srn::data, srn::Doubles, srn::Ints, srn::Tensors;
+using srn::Bools, srn::data, srn::Doubles, srn::Ints, srn::Tensors;
 
 constexpr auto dtype_of =
     srn::type_of<srn::DType, srn::kFloat32, srn::kBFloat16, srn::kFloat16, srn::kFloat64>;
@@ -56,9 +58,11 @@ Kept kept(const at::Tensor& round_state, int64_t offset, const srn::Layout& l,
 void normalize(const Tensors& weights, const Tensors& us, const Tensors& vs, const Tensors& outs,
                const at::Tensor& round_state, const at::Tensor& stats, const Ints& offsets,
                const Doubles& target_ranks, const Ints& iterations, const Ints& dims,
-               const Doubles& eps) {
+               const Doubles& eps, const Tensors& gains, const Ints& gained,
+               const Doubles& sigma_max, const Bools& through) {
   const size_t n = weights.size();
   srn::check_lengths("normalize", n, us, vs, outs, offsets, target_ranks, iterations, dims, eps);
+  srn::check_optional("normalize", n, gained, sigma_max, through);
   std::vector<srn::NormalizeLayer> layers(n);
   for (size_t i = 0; i < n; ++i) {
     const at::Tensor& w = weights[i];
@@ -82,16 +86,28 @@ void normalize(const Tensors& weights, const Tensors& us, const Tensors& vs, con
     l.target_rank = target_ranks[i];
     l.eps = eps[i];
     l.iterations = int(iterations[i]);
+    l.scaling = srn::bound_of(sigma_max, through, i);
+    if (const at::Tensor* gain = srn::gain_of(checks, gains, gained, i))
+      l.scaling.gain = gain->item().toDouble();
   }
   srn::normalize(layers, at::get_num_threads(), parallel);
 }
 
+// To the one element of a tensor.
+void write(const at::Tensor& t, double value) {
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, t.scalar_type(), "gain",
+                                  [&] { *t.data_ptr<scalar_t>() = scalar_t(value); });
+}
+
 void normalize_backward(const Tensors& grads, const Tensors& weights, const at::Tensor& round_state,
                         const at::Tensor& stats, const Tensors& grad_weights, const Ints& rows,
-                        const Ints& offsets, const Ints& dims) {
+                        const Ints& offsets, const Ints& dims, const Tensors& grad_gains,
+                        const Ints& gained) {
   const size_t n = weights.size();
   srn::check_lengths("normalize_backward", n, grads, grad_weights, rows, offsets, dims);
+  srn::check_optional("normalize_backward", n, gained);
   std::vector<srn::BackwardLayer> layers(n);
+  std::vector<const at::Tensor*> gain_outs(n);
   for (size_t i = 0; i < n; ++i) {
     const at::Tensor& w = weights[i];
     srn::BackwardLayer& l = layers[i];
@@ -107,8 +123,11 @@ void normalize_backward(const Tensors& grads, const Tensors& weights, const at::
     l.round_u = k.u;
     l.round_v = k.v;
     l.stats = k.stats;
+    gain_outs[i] = srn::gain_of(checks, grad_gains, gained, i);
   }
   srn::normalize_backward(layers, at::get_num_threads(), parallel);
+  for (size_t i = 0; i < n; ++i)
+    if (gain_outs[i]) write(*gain_outs[i], layers[i].grad_gain);
 }
 
 }  // namespace
@@ -117,8 +136,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   namespace py = pybind11;
   using NoGil = py::call_guard<py::gil_scoped_release>;
   m.doc() = "CPU kernels of srn_kernels";
-  m.def("normalize", &normalize, NoGil());
-  m.def("normalize_backward", &normalize_backward, NoGil());
+  srn::define_verbs(m, normalize, normalize_backward, NoGil());
   m.def("take_like",
         [](const Tensors& like, at::ScalarType type) { return srn::take_like(like, type); });
   m.def("take_like", [](const Tensors& like) { return srn::take_like(like); });

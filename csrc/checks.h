@@ -14,6 +14,7 @@ namespace srn {
 using Tensors = std::vector<at::Tensor>;
 using Ints = std::vector<int64_t>;
 using Doubles = std::vector<double>;
+using Bools = std::vector<bool>;
 
 // The dtypes of weights, W_hat and gradients, by the constants of one backend.
 template <class Type, Type float32, Type bfloat16, Type float16, Type float64>
@@ -40,9 +41,6 @@ inline at::ScalarType state_type(const at::Tensor& weight) {
 
 inline char* data(const at::Tensor& t) { return static_cast<char*>(t.data_ptr()); }
 
-// The number of elements that a vector takes in the round's state; maths/matrix.py has the same.
-constexpr int64_t padded(int64_t n) { return (n + 15) / 16 * 16; }
-
 // The backend's own question: is a tensor where its kernels can read it?
 template <class Place>
 struct Checks {
@@ -68,7 +66,8 @@ struct Checks {
                       "srn_kernels: round_state must be contiguous and ", type);
     TORCH_CHECK_VALUE(stats.is_contiguous() && stats.dim() == 2 &&
                           stats.scalar_type() == at::kDouble && stats.size(1) == kStatsColumns,
-                      "srn_kernels: stats must be a float64 tensor of (layers, 8)");
+                      "srn_kernels: stats must be a float64 tensor of (layers, ", kStatsColumns,
+                      ")");
   }
 
   // A weight, before anything of it is read: its output dimension is one of its own.
@@ -112,6 +111,34 @@ template <class... Lists>
 void check_lengths(const char* op, size_t n, const Lists&... lists) {
   TORCH_CHECK_VALUE(((lists.size() == n) && ...), "srn_kernels: ", op,
                     " got lists of different lengths");
+}
+
+// Those of gains and soft bounds may be empty too, where no layer has any.
+template <class... Lists>
+void check_optional(const char* op, size_t n, const Lists&... lists) {
+  TORCH_CHECK_VALUE(((lists.empty() || lists.size() == n) && ...), "srn_kernels: ", op,
+                    " got lists of different lengths");
+}
+
+// A layer's soft bound; its gain is a tensor.
+inline Scaling bound_of(const Doubles& sigma_max, const Bools& through, size_t i) {
+  Scaling scaling;
+  if (!sigma_max.empty()) scaling.sigma_max = sigma_max[i];
+  if (!through.empty()) scaling.through = through[i];
+  return scaling;
+}
+
+// The gain of a layer, or where its gradient goes; nullptr: there is none.
+template <class Place>
+const at::Tensor* gain_of(const Checks<Place>& checks, const Tensors& gains, const Ints& gained,
+                          size_t i) {
+  if (gained.empty() || gained[i] < 0) return nullptr;
+  TORCH_CHECK_VALUE(size_t(gained[i]) < gains.size(), "srn_kernels: gain ", gained[i], " of ",
+                    gains.size());
+  const at::Tensor& gain = gains[size_t(gained[i])];
+  checks.place(gain, "a gain");
+  TORCH_CHECK_VALUE(gain.numel() == 1, "srn_kernels: a gain must have one element");
+  return &gain;
 }
 
 }  // namespace srn

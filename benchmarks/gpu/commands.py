@@ -19,6 +19,7 @@ COMMANDS = {
     "launches": ("launches", "kernels that each kind of call takes"),
     "small": ("small", "every phase of the kernels once, for compute-sanitizer"),
     "traffic": ("traffic", "predicts what a launch moves; needs the extra bench"),
+    "events": ("events", "simulates the CUDA kernels' launches; needs the extra bench"),
 }
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
@@ -14,11 +15,12 @@ import torch
 from torch import Tensor
 
 from benchmarks.measure.oracle import relative_error, rounding
-from srn_kernels.maths.matrix import state_dtype, state_layout
+from srn_kernels.maths.matrix import matrix, state_dtype, state_layout
 from srn_kernels.maths.scalars import STATS, Stats
 from srn_kernels.maths.top_one import TOP_ONE
 
 ALIGNMENT = 16  # bytes, of the widest load
+GAIN = 1.25  # of the layers that have one
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,9 @@ class LayerCase:
     iterations: int = 1
     target_rank: float = math.inf
     eps: float = 1e-12
+    gain: str = ""  # the dtype of its gain, if it has one
+    sigma_max: float = 0.0
+    through: bool = True
 
     @classmethod
     def of(
@@ -46,6 +51,9 @@ class LayerCase:
         iterations: int = 1,
         target_rank: float | None = None,
         eps: float = 1e-12,
+        gain: Tensor | None = None,
+        sigma_max: float = 0.0,
+        through: bool = True,
     ) -> LayerCase:
         tensors = (weight, other, v)
         return cls(
@@ -59,6 +67,9 @@ class LayerCase:
             iterations,
             0.5 * min(cls.matrix(weight.shape, dim)) if target_rank is None else target_rank,
             eps,
+            "" if gain is None else str(gain.dtype).removeprefix("torch."),
+            sigma_max,
+            through,
         )
 
     @staticmethod
@@ -88,6 +99,22 @@ class LayerCase:
             f"{self.shape} {self.dtype} to {self.other}, dim {self.dim}, strides {self.strides}, "
             f"{self.iterations} iterations, misaligned by {self.misaligned}"
         )
+
+
+def of_layers(
+    gains: Sequence[Tensor] = (),
+    gained: Sequence[int] = (),
+    sigma_max: Sequence[float] = (),
+    through: Sequence[bool] = (),
+) -> Iterator[tuple[Tensor | None, float, bool]]:
+    """gain, sigma_max and through of each layer, from the lists of a backend's verbs."""
+    found = (gains[place] if place >= 0 else None for place in gained)
+    return zip(
+        found if gained else itertools.repeat(None),
+        sigma_max or itertools.repeat(0.0),
+        through or itertools.repeat(True),
+        strict=False,
+    )
 
 
 def as_json(cases: Sequence[LayerCase]) -> list[dict[str, Any]]:
@@ -145,6 +172,11 @@ def check_round(cases: Sequence[LayerCase], backend: ModuleType, device: torch.d
     offsets, size = state_layout([c.matrix(c.shape, c.dim) for c in cases])
     round_state = torch.empty(size, dtype=us[0].dtype, device=device)
     stats = torch.empty(len(cases), len(STATS), dtype=torch.float64, device=device)
+    kinds = [getattr(torch, c.gain) for c in cases if c.gain]
+    gains = [torch.full((1,), GAIN, dtype=kind, device=device) for kind in kinds]
+    grad_gains = [torch.empty_like(x) for x in gains]
+    places = itertools.count()
+    gained = [next(places) if c.gain else -1 for c in cases]
     asked = [c.iterations for c in cases]
     # -1 repeats a round.
     for iterations in [[abs(n) for n in asked]] + [[-1] * len(asked)] * (min(asked) < 0):
@@ -152,10 +184,11 @@ def check_round(cases: Sequence[LayerCase], backend: ModuleType, device: torch.d
             *(weights, us, vs, outs, round_state, stats, offsets),
             *([c.target_rank for c in cases], iterations),
             *([c.dim for c in cases], [c.eps for c in cases]),
+            *(gains, gained, [c.sigma_max for c in cases], [c.through for c in cases]),
         )
     backend.normalize_backward(
         *(grads, weights, round_state, stats, results, range(len(cases)), offsets),
-        [c.dim for c in cases],
+        *([c.dim for c in cases], grad_gains, gained),
     )
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -164,12 +197,23 @@ def check_round(cases: Sequence[LayerCase], backend: ModuleType, device: torch.d
         u, v = (x.double() for x in starts[i])
         steps = abs(c.iterations)
         wanted = TOP_ONE.normalize_layer(leaf, u, v, c.target_rank, steps, c.eps, c.dim)
-        (grad,) = torch.autograd.grad(wanted.weight, leaf, grads[i].double())
         seen = Stats(*wanted.stats)
+        sigma = wanted.u @ (matrix(leaf, c.dim) @ wanted.v)
+        gain = leaf.new_full((), GAIN if c.gain else 1.0).requires_grad_()
+        held = sigma if c.through else sigma.detach()
+        bound = sigma / (held / c.sigma_max).clamp_min(1.0) if c.sigma_max else 1.0
+        scaled = wanted.weight * (gain * bound)
+        grad, by_gain = torch.autograd.grad(scaled, (leaf, gain), grads[i].double())
         spectrum = float(seen.frobenius_sq.sqrt() / seen.sigma.abs())
-        for what, found, want in (("W_hat", outs[i], wanted.weight), ("dL/dW", results[i], grad)):
+        compared = [
+            ("W_hat", outs[i], relative_error(outs[i], scaled)),
+            ("dL/dW", results[i], relative_error(results[i], grad)),
+        ]
+        if c.gain:
+            found, size = grad_gains[gained[i]], grads[i].double().norm() * (scaled / gain).norm()
+            compared.append(("dL/dgain", found, float((found - by_gain).abs() / size)))
+        for what, found, error in compared:
             allowed = rounding(c.matrix(c.shape, c.dim), spectrum, us[i].dtype, found.dtype)
-            error = relative_error(found, want)
             if not error <= allowed:
                 return f"layer {i}, {what} is off by {error:.1e}, {allowed:.1e} is allowed: {c}"
     return ""

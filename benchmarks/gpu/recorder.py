@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.gpu.layers import LayerCase, write_cases
+from benchmarks.gpu.layers import LayerCase, of_layers, write_cases
 from srn_kernels import backends
 
 _recorder: Recorder | None = None
@@ -32,13 +32,22 @@ class Recorder:
         folder.mkdir(parents=True, exist_ok=True)
         forward, backward = backend.normalize, backend.normalize_backward
 
-        def normalize(weights, us, vs, outs, state, stats, offsets, ranks, iterations, dims, eps):
-            self.keep(zip(weights, outs, vs, dims, iterations, ranks, eps, strict=True))
-            forward(weights, us, vs, outs, state, stats, offsets, ranks, iterations, dims, eps)
+        # The lists are those of srn_kernels/core/ops.py; the last may be left out.
+        def normalize(
+            weights, us, vs, outs, state, stats, offsets, ranks, iterations, dims, eps, *scalings
+        ):
+            layers = zip(weights, outs, vs, dims, iterations, ranks, eps, strict=True)
+            self.keep((*x, *y) for x, y in zip(layers, of_layers(*scalings), strict=False))
+            lists = (weights, us, vs, outs, state, stats, offsets, ranks, iterations, dims, eps)
+            forward(*lists, *scalings)
 
-        def normalize_backward(grads, weights, state, stats, results, rows, offsets, dims):
-            self.keep((w, g, None, dim) for w, g, dim in zip(weights, grads, dims, strict=True))
-            backward(grads, weights, state, stats, results, rows, offsets, dims)
+        def normalize_backward(
+            grads, weights, state, stats, results, rows, offsets, dims, *scalings
+        ):
+            layers = ((w, g, None, dim) for w, g, dim in zip(weights, grads, dims, strict=True))
+            usual = (1, None, 1e-12)
+            self.keep((*x, *usual, *y) for x, y in zip(layers, of_layers(*scalings), strict=False))
+            backward(grads, weights, state, stats, results, rows, offsets, dims, *scalings)
 
         backend.normalize, backend.normalize_backward = normalize, normalize_backward
 

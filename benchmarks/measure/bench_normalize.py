@@ -37,7 +37,8 @@ class Call(NamedTuple):
 
     def normalize(self, rank_ratio: float) -> tuple:
         p, n = self.problem, self.layers
-        constants = ([1] * n, [0] * n, [1e-12] * n, "stable_rank", "cpu")  # iterations, dims, eps
+        # iterations, dims, eps; no gain or soft bound
+        constants = ([1] * n, [0] * n, [1e-12] * n, [], [], [], [], "stable_rank", "cpu")
         ranks = p.target_ranks(rank_ratio)
         state = (self.round_state, self.stats, self.offsets)
         return (p.weights, p.us, p.vs, self.outs, *state, ranks, *constants)
@@ -45,8 +46,9 @@ class Call(NamedTuple):
     def backward(self) -> tuple:
         p, n = self.problem, self.layers
         state = (self.round_state, self.stats, self.outs, list(range(n)), self.offsets)
-        ranks = p.target_ranks(1.0)  # which the statistics hold already
-        return (p.upstream, p.weights, *state, [0] * n, ranks, "frozen", "stable_rank", "cpu")
+        # The statistics hold ranks and eps already.
+        rest = ([0] * n, [], [], [], p.target_ranks(1.0), [1e-12] * n)
+        return (p.upstream, p.weights, *state, *rest, "frozen", "stable_rank", "cpu")
 
 
 @pytest.fixture(scope="module", params=workloads.CORE)

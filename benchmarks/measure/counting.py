@@ -19,7 +19,7 @@ _WRITE_ONLY = {
     "aten::copy_": {"self"},
     "aten::_foreach_copy_": {"self"},
     "srn_kernels::normalize": {"outs", "round_state", "stats"},
-    "srn_kernels::normalize_backward": {"grad_weights"},
+    "srn_kernels::normalize_backward": {"grad_weights", "grad_gains"},
 }
 _UNTOUCHED = ("aten::empty", "aten::new_empty", "aten::detach", "aten::_unsafe_view", "aten::alias")
 

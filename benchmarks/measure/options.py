@@ -28,6 +28,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "sigma_max": {"sigma_max": 0.95},
     "sigma_max, constant": {"sigma_max": 0.95, "grad_through_sigma": False},
     "gain": {"gain": True},
+    "sigma_max and gain": {"sigma_max": 0.95, "gain": True},
     "preserve=0": {"preserve": 0},
     "preserve=2": {"preserve": 2},
     "preserve=4": {"preserve": 4},
@@ -72,6 +73,9 @@ def make_projection(problem: workloads.Problem) -> Callable[[], None]:
 
 def run(
     workload: arguments.Workloads = None,
+    option: Annotated[
+        list[str] | None, typer.Option(help=f"Beside srn; else all of {', '.join(OPTIONS)}.")
+    ] = None,
     repeats: Annotated[int, typer.Option(min=1)] = 15,
     budget: Annotated[float, typer.Option(help="Seconds for one option.")] = 3.0,
     threads: arguments.Threads = None,
@@ -79,27 +83,31 @@ def run(
     folder: arguments.Folder = store.RESULTS,
 ) -> None:
     """Measure every option, paired with plain SRN."""
+    if unknown := set(option or ()) - {*OPTIONS, PROJECTION}:
+        raise typer.BadParameter(f"no option {', '.join(sorted(unknown))}", param_hint="--option")
     arguments.use_threads(threads)
     base = store.environment()
     for name in workload or ["sngan_cifar_resnet_D", "real_esrgan_unet_D"]:
         problem = workloads.make_problem(workloads.find(name))
-        bodies = {option: make_body(problem, keys) for option, keys in OPTIONS.items()}
-        bodies[PROJECTION] = make_projection(problem)
-        bodies = {option: timing.Body(run) for option, run in bodies.items()}
+        chosen = {"srn", *(option or [*OPTIONS, PROJECTION])}
+        made = {name: make_body(problem, keys) for name, keys in OPTIONS.items() if name in chosen}
+        if PROJECTION in chosen:
+            made[PROJECTION] = make_projection(problem)
+        bodies = {name: timing.Body(run) for name, run in made.items()}
         samples = timing.measure(bodies, repeats=repeats, budget=budget)
         table, rows = Table("option", "ms", "times plain SRN", title=name), []
-        for option in bodies:
+        for measured in bodies:
             row = replace(
                 base,
                 workload=name,
-                provider=option,
+                provider=measured,
                 rank_ratio=RATIO,
                 mode="forward_backward_module",
             )
-            ratio = samples.paired(option, "srn", lambda time, base: time / base)
-            rows.append(row.with_result("time_ms", samples.spread(option), 1e3))
+            ratio = samples.paired(measured, "srn", lambda time, base: time / base)
+            rows.append(row.with_result("time_ms", samples.spread(measured), 1e3))
             rows.append(row.with_result("time_over_srn_x", ratio))
-            table.add_row(option, f"{rows[-2].p50:.3g}", f"{rows[-1].p50:.3g}")
+            table.add_row(measured, f"{rows[-2].p50:.3g}", f"{rows[-1].p50:.3g}")
         console.print(table)
         if save:
             store.append(rows, folder / RESULTS)

@@ -1,5 +1,5 @@
 // Backward of all layers with u and v held constant: one pass over G and W for the two inner
-// products <G, W> and u^T G v, one to write dL/dW = scale (G + weight W + outer u v^T).
+// products <G, W> and u^T G v, one to write dL/dW = scale (G + weight W) + outer u v^T.
 #include "jobs.h"
 
 namespace srn {
@@ -87,6 +87,7 @@ void finish_inner(BackwardJob<A>& job) {
     sum.g_e += job.partials[i].g_e;
   }
   job.scalars = backward_scalars(*job.layer->stats, sum.g_w, sum.g_e);
+  job.layer->grad_gain = job.scalars.gain;
 }
 
 template <class A>

@@ -47,7 +47,7 @@ struct Kernels {
   using InnerRow = InnerProducts (*)(const void* g, const void* w, int64_t n, const A* v);
   using InnerFlat = InnerProducts (*)(const void* g, const void* w, int64_t n, const A* left,
                                       const A* right, int64_t period);
-  // out = scale (g + weight w + e v)
+  // out = scale (g + weight w) + e v
   using CombineRow = void (*)(const void* g, const void* w, void* out, int64_t n, A scale, A weight,
                               A e, const A* v, bool stream);
   using CombineFlat = void (*)(const void* g, const void* w, void* out, int64_t n, A scale,

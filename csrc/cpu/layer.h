@@ -14,7 +14,7 @@
 
 namespace srn {
 
-// Forward. All pointers belong to the caller; `out` may be `weight` (projection).
+// Forward: out = factor W_hat. All pointers belong to the caller; `out` may be `weight` (projection).
 struct NormalizeLayer {
   Layout layout;
   DType weight_type, out_type;
@@ -28,9 +28,10 @@ struct NormalizeLayer {
   double target_rank;
   double eps;
   int iterations;  // 0: evaluation; -1: repeat the round whose u, v and statistics are given
+  Scaling scaling;
 };
 
-// Backward: grad_weight = dL/dW from grad = dL/dW_hat.
+// Backward: grad_weight = dL/dW from grad = dL/d(factor W_hat).
 struct BackwardLayer {
   Layout layout;
   DType grad_type, weight_type;
@@ -40,6 +41,7 @@ struct BackwardLayer {
   const void* round_u;
   const void* round_v;
   const LayerStats* stats;
+  double grad_gain;  // dL/dgain, for the caller
 };
 
 void normalize(std::vector<NormalizeLayer>& layers, int64_t threads, const ParallelFor& parallel);

@@ -78,7 +78,10 @@ void set_up(NormalizeLayer& l, const KernelTables& tables, bool stream, Workspac
   for (int64_t j = 0; j < columns; ++j)
     job->v[j] = A(double(v[column_of.empty() ? j : column_of[j]]) / v_norm);
   for (int64_t r = 0; r < rows; ++r) job->u[r] = A(double(u[r]) / u_norm);
-  if (repeat) job->stats = *l.stats;
+  if (repeat) {
+    set_factor(l.stats, l.scaling);
+    job->stats = *l.stats;
+  }
 }
 
 // Copies rows [begin, begin + n) of a layout with outer > 1 side by side, columns in memory order.
@@ -175,6 +178,7 @@ void finish_pass(ForwardJob<A>& job, int pass) {
   if (pass + 1 < job.passes) return;
 
   job.stats = forward_scalars(sigma, frobenius_sq, l.target_rank, l.eps);
+  set_factor(&job.stats, l.scaling);
   *l.stats = job.stats;
   A* round_u = static_cast<A*>(l.round_u);
   A* round_v = static_cast<A*>(l.round_v);
@@ -195,7 +199,7 @@ void finish_pass(ForwardJob<A>& job, int pass) {
   }
 }
 
-// W_hat = a W + b u v^T; the last tile first, which the cache still holds.
+// The factor of W_hat = a W + b u v^T; the last tile first, which the cache still holds.
 template <class A>
 void run_rescale(ForwardJob<A>& job, int64_t index) {
   static thread_local std::vector<A> left, right;
@@ -203,7 +207,7 @@ void run_rescale(ForwardJob<A>& job, int64_t index) {
   const Layout& layout = l.layout;
   const int64_t tiles = elementwise_tiles(layout, job.slabs);
   const Range range = elementwise_range(layout, job.slabs, tiles - 1 - index);
-  const A a = A(job.stats.a), b = A(job.stats.b);
+  const A a = A(job.stats.factor * job.stats.a), b = A(job.stats.factor * job.stats.b);
   if (layout.outer == 1) {
     const auto scale = job.k->scale_row[l.weight_type][l.out_type];
     for (int64_t r = range.begin; r < range.end; ++r)

@@ -1,5 +1,5 @@
 // Backward of all layers, u and v held constant: slabs gather <G, W> and u^T G v, rescale tiles
-// write dL/dW = scale (G + weight W + outer u v^T). Torch-free.
+// write dL/dW = scale (G + weight W) + outer u v^T. Torch-free.
 #pragma once
 
 #include "elements.h"
@@ -46,7 +46,7 @@ class Backward {
       ws.sums[5 + 2 * e.index] = gather.sums[1];
     }
     if (arrive_at(c, sh.control, e.layer) != r.slabs - 1) return;
-    finish(r, ws);
+    finish(r, p, ws);
     arrive_at(c, sh.control, e.layer);
   }
 
@@ -65,7 +65,7 @@ class Backward {
     SRN_DEVICE void operator()(A (&x)[kWidth], const A (&w)[kWidth], A u, const A (&v)[kWidth],
                                bool) {
 #pragma unroll
-      for (int i = 0; i < kWidth; ++i) x[i] = scale * (x[i] + weight * w[i] + u * v[i]);
+      for (int i = 0; i < kWidth; ++i) x[i] = scale * (x[i] + weight * w[i]) + u * v[i];
     }
     SRN_DEVICE void flush() {}
   };
@@ -92,7 +92,7 @@ class Backward {
     }
   };
 
-  SRN_DEVICE void finish(const Record& r, const Workspace<A>& ws) {
+  SRN_DEVICE void finish(const Record& r, const BackwardPointers& p, const Workspace<A>& ws) {
     double x[2] = {0, 0};
     for (int k = tid; k < r.slabs; k += kConsumers) {
       x[0] += load_shared_by_ctas(ws.sums + 4 + 2 * k);
@@ -104,6 +104,10 @@ class Backward {
     ws.sums[0] = scalars.scale;
     ws.sums[1] = scalars.weight;
     ws.sums[2] = scalars.outer;
+    if (p.grad_gain) {
+      const double gain[1] = {scalars.gain};
+      store_any(p.grad_gain, r.gain_type, 0, gain);
+    }
   }
 
   // What `work` does, over the entry's part of the slab; u comes times `factor`.

@@ -2,13 +2,13 @@
 // for the device.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
-#include <pybind11/stl.h>
-#include <torch/csrc/utils/pybind.h>
 
 #include <algorithm>
 #include <string>
 #include <vector>
 
+#include "../checks.h"
+#include "../verbs.h"
 #include "table.h"
 #ifdef SRN_SHIM
 #include "shim/runtime.h"
@@ -18,70 +18,46 @@ namespace srn::cuda {
 namespace {
 
 namespace py = pybind11;
-using Tensors = std::vector<at::Tensor>;
-using Ints = std::vector<int64_t>;
-using Doubles = std::vector<double>;
 
-Type type_of(const at::Tensor& t, const char* name) {
-  switch (t.scalar_type()) {
-    case at::kFloat:
-      return kFloat32;
-    case at::kBFloat16:
-      return kBFloat16;
-    case at::kHalf:
-      return kFloat16;
-    case at::kDouble:
-      return kFloat64;
-    default:
-      TORCH_CHECK_TYPE(false, "srn_kernels: ", name, " has the unsupported dtype ",
-                       t.scalar_type());
-  }
+constexpr auto type_of = srn::type_of<Type, kFloat32, kBFloat16, kFloat16, kFloat64>;
+
+// Tensors of a call lie with its first weight.
+auto checks_beside(const at::Tensor& first) {
+  return Checks{[device = first.device(), served = serves(first.is_cuda())](const at::Tensor& t,
+                                                                           const char* name) {
+    TORCH_CHECK_VALUE(served, "srn_kernels: the cuda backend serves weights on a GPU, got one on ",
+                      device);
+    TORCH_CHECK_VALUE(t.device() == device, "srn_kernels: the cuda backend got ", name, " on ",
+                      t.device(), ", expected ", device, " as the first weight");
+  }};
 }
-
-void check_place(const at::Tensor& t, const at::Tensor& first, const char* name) {
-  TORCH_CHECK_VALUE(serves(first.is_cuda()),
-                    "srn_kernels: the cuda backend serves weights on a GPU, got one on ",
-                    first.device());
-  TORCH_CHECK_VALUE(t.device() == first.device(), "srn_kernels: the cuda backend got ", name,
-                    " on ", t.device(), ", expected ", first.device(), " as the first weight");
-}
-
-void check_vector(const at::Tensor& t, const char* name, int64_t size, at::ScalarType type,
-                  const at::Tensor& first) {
-  check_place(t, first, name);
-  TORCH_CHECK_VALUE(
-      t.dim() == 1 && t.numel() == size && t.is_contiguous() && t.scalar_type() == type,
-      "srn_kernels: ", name, " must be a contiguous ", type, " tensor of size ", size);
-}
-
-void check_same_memory(const at::Tensor& t, const at::Tensor& weight, const char* name) {
-  check_place(t, weight, name);
-  TORCH_CHECK_VALUE(t.sizes() == weight.sizes() && t.strides() == weight.strides(),
-                    "srn_kernels: ", name, " must have the sizes and strides of its weight");
-}
-
-char* data(const at::Tensor& t) { return static_cast<char*>(t.data_ptr()); }
 
 // Whether vectors of four elements start at multiples of their size.
 bool aligned(const void* p, Type type) { return uintptr_t(p) % (4 * element_bytes(type)) == 0; }
 
-void check_round(const at::Tensor& round_state, const at::Tensor& stats, at::ScalarType type,
-                 const at::Tensor& first) {
-  check_place(round_state, first, "round_state");
-  check_place(stats, first, "stats");
-  TORCH_CHECK_VALUE(round_state.is_contiguous() && round_state.scalar_type() == type,
-                    "srn_kernels: round_state must be contiguous and ", type);
-  TORCH_CHECK_VALUE(stats.is_contiguous() && stats.dim() == 2 &&
-                        stats.scalar_type() == at::kDouble && stats.size(1) == kStatsColumns,
-                    "srn_kernels: stats must be a float64 tensor of (layers, 8)");
+// A layer's gain, or where its gradient goes, and what the kernels' records say of it.
+struct GainOf {
+  char* data = nullptr;
+  Type type = kFloat32;
+  bool through = true;
+
+  GainOf() = default;
+  explicit GainOf(const at::Tensor* gain) {
+    if (!gain) return;
+    data = srn::data(*gain);
+    type = type_of(*gain, "a gain");
+  }
+};
+
+int64_t columns_of(const at::Tensor& w, int64_t dim) {
+  return w.numel() / std::max<int64_t>(w.size(dim), 1);
 }
 
 // Adds all that a layer's tiles depend on; the words that planning.py reads.
 void describe(Key* key, const at::Tensor& w, int64_t dim, Type type, Type other, bool is_aligned,
-              int64_t iterations, int64_t offset, int64_t row) {
-  TORCH_CHECK_VALUE(dim >= 0 && dim < w.dim(), "srn_kernels: dim ", dim, " of a ", w.dim(),
-                    "-dimensional weight");
-  key->insert(key->end(), {w.dim(), dim, type, other, is_aligned, iterations, offset, row});
+              int64_t iterations, int64_t offset, int64_t row, const GainOf& gain) {
+  key->insert(key->end(), {w.dim(), dim, type, other, is_aligned, iterations, offset, row,
+                           gain.type, gain.through});
   key->insert(key->end(), w.sizes().begin(), w.sizes().end());
   key->insert(key->end(), w.strides().begin(), w.strides().end());
 }
@@ -203,39 +179,43 @@ void run(const Tensors& weights, const at::Tensor& round_state, const at::Tensor
 
 int64_t forward_capacity = kLarge<ForwardPointers>, backward_capacity = kLarge<BackwardPointers>;
 
+// Checks a weight and where its u, v and statistics lie.
+template <class C>
+void check_layer(const C& checks, const at::Tensor& w, const at::Tensor& first, int64_t dim,
+                 const at::Tensor& round_state, int64_t offset, const at::Tensor& stats,
+                 int64_t row) {
+  checks.weight(w, dim);
+  TORCH_CHECK_VALUE((w.scalar_type() == at::kDouble) == (first.scalar_type() == at::kDouble),
+                    "srn_kernels: float64 weights need a call of their own");
+  check_places(round_state, offset, w.size(dim), columns_of(w, dim), stats, row);
+}
+
 void normalize(const Tensors& weights, const Tensors& us, const Tensors& vs, const Tensors& outs,
                const at::Tensor& round_state, const at::Tensor& stats, const Ints& offsets,
                const Doubles& target_ranks, const Ints& iterations, const Ints& dims,
-               const Doubles& eps) {
+               const Doubles& eps, const Tensors& gains, const Ints& gained,
+               const Doubles& sigma_max, const Bools& through) {
   const size_t n = weights.size();
-  TORCH_CHECK_VALUE(us.size() == n && vs.size() == n && outs.size() == n && offsets.size() == n &&
-                        target_ranks.size() == n && iterations.size() == n && dims.size() == n &&
-                        eps.size() == n,
-                    "srn_kernels: normalize got lists of different lengths");
+  check_lengths("normalize", n, us, vs, outs, offsets, target_ranks, iterations, dims, eps);
+  check_optional("normalize", n, gained, sigma_max, through);
   if (n == 0) return;
   const at::Tensor& first = weights[0];
-  const bool float64 = first.scalar_type() == at::kDouble;
-  const at::ScalarType state = float64 ? at::kDouble : at::kFloat;
-  check_round(round_state, stats, state, first);
-  TORCH_CHECK_VALUE(stats.size(0) >= int64_t(n), "srn_kernels: stats has too few rows");
+  const auto checks = checks_beside(first);
+  const at::ScalarType state = state_type(first);
+  checks.round(round_state, stats, state);
   std::vector<ForwardPointers> pointers(n);
+  std::vector<GainOf> gain(n);
   for (size_t i = 0; i < n; ++i) {
     const at::Tensor& w = weights[i];
-    check_place(w, first, "a weight");
-    TORCH_CHECK_VALUE((w.scalar_type() == at::kDouble) == float64,
-                      "srn_kernels: float64 weights need a call of their own");
-    TORCH_CHECK_VALUE(dims[i] >= 0 && dims[i] < w.dim(), "srn_kernels: dim ", dims[i], " of a ",
-                      w.dim(), "-dimensional weight");
-    const int64_t rows = w.size(dims[i]), columns = w.numel() / std::max<int64_t>(rows, 1);
-    check_vector(us[i], "u", rows, state, first);
-    check_vector(vs[i], "v", columns, state, first);
-    check_same_memory(outs[i], w, "out");
-    TORCH_CHECK_TYPE(outs[i].scalar_type() != at::kDouble || float64,
-                     "srn_kernels: float64 output needs a float64 weight");
-    TORCH_CHECK_VALUE(
-        offsets[i] >= 0 && offsets[i] + round_up(rows, kStatePad) + columns <= round_state.numel(),
-        "srn_kernels: round_state is too small");
-    pointers[i] = {data(w), data(outs[i]), data(us[i]), data(vs[i]), target_ranks[i], eps[i]};
+    check_layer(checks, w, first, dims[i], round_state, offsets[i], stats, int64_t(i));
+    checks.vector(us[i], "u", w.size(dims[i]), state);
+    checks.vector(vs[i], "v", columns_of(w, dims[i]), state);
+    checks.out(outs[i], w);
+    gain[i] = GainOf(gain_of(checks, gains, gained, i));
+    const Scaling bound = bound_of(sigma_max, through, i);
+    gain[i].through = bound.through;
+    pointers[i] = {data(w),         data(outs[i]), data(us[i]),  data(vs[i]),
+                   target_ranks[i], eps[i],        gain[i].data, bound.sigma_max};
   }
   run(
       weights, round_state, stats, false, pointers, forward_capacity,
@@ -243,43 +223,30 @@ void normalize(const Tensors& weights, const Tensors& us, const Tensors& vs, con
         const Type type = type_of(weights[i], "a weight"), other = type_of(outs[i], "out");
         const bool vectors = aligned(pointers[i].weight, type) && aligned(pointers[i].out, other);
         describe(key, weights[i], dims[i], type, other, vectors,
-                 std::max<int64_t>(iterations[i], -1), offsets[i], int64_t(i));
+                 std::max<int64_t>(iterations[i], -1), offsets[i], int64_t(i), gain[i]);
       },
       launch_normalize);
 }
 
 void normalize_backward(const Tensors& grads, const Tensors& weights, const at::Tensor& round_state,
                         const at::Tensor& stats, const Tensors& grad_weights, const Ints& rows,
-                        const Ints& offsets, const Ints& dims) {
+                        const Ints& offsets, const Ints& dims, const Tensors& grad_gains,
+                        const Ints& gained) {
   const size_t n = weights.size();
-  TORCH_CHECK_VALUE(grads.size() == n && grad_weights.size() == n && rows.size() == n &&
-                        offsets.size() == n && dims.size() == n,
-                    "srn_kernels: normalize_backward got lists of different lengths");
+  check_lengths("normalize_backward", n, grads, grad_weights, rows, offsets, dims);
+  check_optional("normalize_backward", n, gained);
   if (n == 0) return;
   const at::Tensor& first = weights[0];
-  const bool float64 = first.scalar_type() == at::kDouble;
-  check_round(round_state, stats, float64 ? at::kDouble : at::kFloat, first);
+  const auto checks = checks_beside(first);
+  checks.round(round_state, stats, state_type(first));
   std::vector<BackwardPointers> pointers(n);
+  std::vector<GainOf> gain(n);
   for (size_t i = 0; i < n; ++i) {
     const at::Tensor& w = weights[i];
-    check_place(w, first, "a weight");
-    TORCH_CHECK_VALUE((w.scalar_type() == at::kDouble) == float64,
-                      "srn_kernels: float64 weights need a call of their own");
-    check_same_memory(grads[i], w, "grad");
-    check_same_memory(grad_weights[i], w, "grad_weight");
-    TORCH_CHECK_TYPE(grad_weights[i].scalar_type() == w.scalar_type(),
-                     "srn_kernels: grad_weight must have its weight's dtype");
-    TORCH_CHECK_TYPE(grads[i].scalar_type() != at::kDouble || float64,
-                     "srn_kernels: a float64 gradient needs a float64 weight");
-    TORCH_CHECK_VALUE(dims[i] >= 0 && dims[i] < w.dim(), "srn_kernels: dim ", dims[i], " of a ",
-                      w.dim(), "-dimensional weight");
-    const int64_t n_rows = w.size(dims[i]), columns = w.numel() / std::max<int64_t>(n_rows, 1);
-    TORCH_CHECK_VALUE(rows[i] >= 0 && rows[i] < stats.size(0), "srn_kernels: row ", rows[i], " of ",
-                      stats.size(0), " layers");
-    TORCH_CHECK_VALUE(offsets[i] >= 0 &&
-                          offsets[i] + round_up(n_rows, kStatePad) + columns <= round_state.numel(),
-                      "srn_kernels: round_state is too small");
-    pointers[i] = {data(grads[i]), data(w), data(grad_weights[i])};
+    check_layer(checks, w, first, dims[i], round_state, offsets[i], stats, rows[i]);
+    checks.gradients(grads[i], grad_weights[i], w);
+    gain[i] = GainOf(gain_of(checks, grad_gains, gained, i));
+    pointers[i] = {data(grads[i]), data(w), data(grad_weights[i]), gain[i].data};
   }
   run(
       weights, round_state, stats, true, pointers, backward_capacity,
@@ -288,7 +255,7 @@ void normalize_backward(const Tensors& grads, const Tensors& weights, const at::
         const BackwardPointers& p = pointers[i];
         const bool vectors =
             aligned(p.grad, other) && aligned(p.weight, type) && aligned(p.grad_weight, type);
-        describe(key, weights[i], dims[i], type, other, vectors, 1, offsets[i], rows[i]);
+        describe(key, weights[i], dims[i], type, other, vectors, 1, offsets[i], rows[i], gain[i]);
       },
       launch_backward);
 }
@@ -297,8 +264,7 @@ void normalize_backward(const Tensors& grads, const Tensors& weights, const at::
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "CUDA kernels of srn_kernels";
-  m.def("normalize", &normalize);
-  m.def("normalize_backward", &normalize_backward);
+  define_verbs(m, normalize, normalize_backward);
   m.def("set_planner", [](py::object f) { plans().set_planner(std::move(f)); });
   m.def("clear_plans", [] { plans().clear(); });
   m.def("plan_count", [] { return plans().size(); });

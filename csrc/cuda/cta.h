@@ -169,14 +169,12 @@ class Producer {
       : c(common), layers(layers), control(control), slots(slots), lane(thread_index() % kWarp) {}
 
   SRN_DEVICE void run() {
-    int next = take_ticket(c, lane);
     for (;;) {
-      const int ticket = from_leader(next);
-      if (ticket >= c.n_tiles) break;
-      next = take_ticket(c, lane);  // arrives while this tile is prepared
-      const Tile tile = c.tiles[ticket];
       offer_residents(false);
-      prepare(tile);
+      // Not ahead of need: a ticket that is held while its CTA waits delays those who wait for it.
+      const int ticket = from_leader(take_ticket(c, lane));
+      if (ticket >= c.n_tiles) break;
+      prepare(c.tiles[ticket]);
     }
     offer_residents(true);
     claim_entry();

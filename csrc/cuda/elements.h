@@ -235,7 +235,7 @@ SRN_DEVICE A* round_u(const Common& c, const Record& r) {
 }
 template <class A>
 SRN_DEVICE A* round_v(const Common& c, const Record& r) {
-  return round_u<A>(c, r) + round_up(r.rows, kStatePad);
+  return round_u<A>(c, r) + padded(r.rows);
 }
 
 // The same of the round's v, from a column on.

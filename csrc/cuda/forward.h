@@ -1,4 +1,5 @@
-// Forward of all layers: power iterations, statistics, and W_hat = a W + b u v^T. Torch-free.
+// Forward of all layers: power iterations, statistics, and the factor of W_hat = a W + b u v^T.
+// Torch-free.
 //
 // A slab's rows give their part of s = W v and, from the same bytes in shared memory, the slab's
 // share of t = W^T s and of |W|_F^2. Column tiles add the shares in fixed order; whoever brings the
@@ -368,7 +369,8 @@ class Forward {
         ws.t[j] = A(double(load_shared_by_ctas(ws.t + j)) / v_norm);
       return;
     }
-    const LayerStats stats = forward_scalars(sigma, x[3] * kGrowSq, p.target_rank, p.eps);
+    LayerStats stats = forward_scalars(sigma, x[3] * kGrowSq, p.target_rank, p.eps);
+    set_factor(&stats, scaling_of(r, p));
     if (tid == 0) c.stats[r.stats_row] = stats;
     // A zero or non-finite weight leaves the state as it was, so that training can go on.
     const bool keep = iterate && int(stats.branch) >= kPassThrough;
@@ -389,10 +391,39 @@ class Forward {
     }
   }
 
-  // W_hat = a W + b u v^T, from the slab's pieces or, for other layouts, from memory.
+  SRN_DEVICE static Scaling scaling_of(const Record& r, const ForwardPointers& p) {
+    Scaling scaling;
+    scaling.sigma_max = p.sigma_max;
+    scaling.through = r.through != 0;
+    if (p.gain) {
+      double gain[1];
+      load_any(p.gain, r.gain_type, 0, gain);
+      scaling.gain = gain[0];
+    }
+    return scaling;
+  }
+
+  // The factor of W_hat. A round that is repeated forms it anew, from what no tile of it writes.
+  SRN_DEVICE double factor(const Entry& e, const Record& r, const ForwardPointers& p) const {
+    LayerStats* stats = c.stats + r.stats_row;
+    if (r.passes > 0) return load_shared_by_ctas(&stats->factor);
+    LayerStats made{};
+    made.sigma = stats->sigma;
+    made.branch = stats->branch;
+    set_factor(&made, scaling_of(r, p));
+    if (e.index == 0 && thread_index() == 0) {
+      stats->factor = made.factor;
+      stats->by_gain = made.by_gain;
+      stats->by_sigma = made.by_sigma;
+    }
+    return made.factor;
+  }
+
+  // factor W_hat = factor (a W + b u v^T), from the slab's pieces or, for other layouts, from memory.
   SRN_DEVICE void rescale(const Entry& e, const Record& r, const ForwardPointers& p) {
-    const A a = A(load_shared_by_ctas(&c.stats[r.stats_row].a));
-    const A b = A(load_shared_by_ctas(&c.stats[r.stats_row].b));
+    const double factor = this->factor(e, r, p);
+    const A a = A(factor * load_shared_by_ctas(&c.stats[r.stats_row].a));
+    const A b = A(factor * load_shared_by_ctas(&c.stats[r.stats_row].b));
     if (r.path == kScalars) {
       stage_u(c, r, e.index, b, sh.sums);
       with_panel_count<Any>(r.vectors,

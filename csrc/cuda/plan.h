@@ -55,6 +55,8 @@ struct Record {
   int32_t piece_columns;
   int32_t other_offset;  // backward: of the gradient in a slot
   int32_t first_protected;
+  int32_t gain_type;  // of the gain or its gradient, where there is one
+  int32_t through;    // see Scaling
 };
 
 struct ForwardPointers {
@@ -64,12 +66,15 @@ struct ForwardPointers {
   void* v;
   double target_rank;
   double eps;
+  const void* gain;  // or nullptr
+  double sigma_max;  // 0: none
 };
 
 struct BackwardPointers {
   const void* grad;
   const void* weight;
   void* grad_weight;
+  void* grad_gain;  // or nullptr
 };
 
 // The part of the parameters that does not depend on the direction.
@@ -108,7 +113,7 @@ constexpr int kSmall = capacity_of<Pointers>(4096);
 template <class Pointers>
 constexpr int kLarge = capacity_of<Pointers>(kParameterBytes / 8 * 8);
 
-static_assert(sizeof(ForwardPointers) == 48 && sizeof(BackwardPointers) == 24);
+static_assert(sizeof(ForwardPointers) == 64 && sizeof(BackwardPointers) == 32);
 static_assert(sizeof(Parameters<ForwardPointers, kLarge<ForwardPointers>>) <= kParameterBytes);
 static_assert(sizeof(Parameters<BackwardPointers, kLarge<BackwardPointers>>) <= kParameterBytes);
 static_assert(sizeof(LayerStats) == kStatsColumns * sizeof(double));
@@ -151,7 +156,6 @@ SRN_HD constexpr int64_t element_bytes(int32_t type) {
 }
 // Every array of the workspace starts a 128-byte line.
 SRN_HD constexpr int64_t line(int64_t bytes) { return round_up(bytes, 128); }
-constexpr int64_t kStatePad = 16;  // u is padded to this before v in a round's state
 
 // A layer's workspace. Forward: squares (a double a slab), flags (which pieces of a slab stay in
 // shared memory), s, t and the slabs' shares of t. Backward: three scalars, flags, two doubles a

@@ -58,20 +58,21 @@ def _new_like(weights: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[
 class StableRankNormFunction(torch.autograd.Function):
     """W_hat of all layers of a round, with the gradient of constant u and v (Algorithm 2).
 
-    ``apply(plan, record, None, *weights, *us, *vs)`` returns ``(*W_hat, round_state, stats)``; the
-    last two carry no gradient. ``record`` is None or a :class:`Round` to fill. Given a
-    finished round's ``round_state`` and ``stats`` as two more arguments, the same W_hat is computed
-    again without touching the state. In eager mode, ``apply(plan, record, (us, vs), *weights)``
-    spares autograd the look at tensors that never have a gradient. Twice differentiable in eager
-    mode. Several backwards may reach one node; layers without a gradient get None.
+    ``apply(plan, record, None, *weights, *gains, *us, *vs)`` returns ``(*W_hat, round_state,
+    stats)``, W_hat with the factor of a soft bound and a gain, if a layer has them; the last two
+    carry no gradient. ``record`` is None or a :class:`Round` to fill. Given a finished round's
+    ``round_state`` and ``stats`` as two more arguments, the same W_hat is computed again without
+    touching the state. In eager mode, ``apply(plan, record, (us, vs), *weights, *gains)`` spares
+    autograd the look at tensors that never have a gradient. Twice differentiable in eager mode.
+    Several backwards may reach one node; layers without a gradient get None.
     """
 
     @staticmethod
     def forward(
         plan: Plan, record: Round | None, state: State | None, *tensors: Tensor
     ) -> tuple[Tensor, ...]:
-        n = len(plan.dims)
-        weights, others = tensors[:n], tensors[n:]
+        n, parameters = len(plan.dims), len(plan.dims) + plan.n_gains
+        weights, gains, others = tensors[:n], tensors[n:parameters], tensors[parameters:]
         if state is None:
             us, vs, finished = others[:n], others[n : 2 * n], others[2 * n :]
         else:
@@ -94,6 +95,10 @@ class StableRankNormFunction(torch.autograd.Function):
             plan.iterations,
             plan.dims,
             plan.eps,
+            gains,
+            plan.gained,
+            plan.sigma_max,
+            plan.through,
             plan.rule,
             plan.backend,
         )
@@ -102,44 +107,61 @@ class StableRankNormFunction(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         plan, record, _, *tensors = inputs
-        weights = tuple(tensors[: len(plan.dims)])
+        n, parameters = len(plan.dims), len(plan.dims) + plan.n_gains
+        weights, gains = tuple(tensors[:n]), tuple(tensors[n:parameters])
         round_state, stats = output[-2:]
         ctx.mark_non_differentiable(round_state, stats)
         ctx.set_materialize_grads(False)
         ctx.plan = plan
-        ctx.state_arguments = len(tensors) - len(weights)
+        ctx.state_arguments = len(tensors) - parameters
         # Saved tensors die with the first backward; a round may be reached by several (D(real) and
         # D(fake)), so in eager mode the node itself keeps them and checks their versions.
         ctx.kept = plain_eager()
         if ctx.kept:
-            ctx.tensors = (*weights, round_state, stats)
-            ctx.versions = versions_of(weights)
+            ctx.tensors = (*weights, *gains, round_state, stats)
+            ctx.versions, ctx.gain_versions = versions_of(weights), versions_of(gains)
             ctx.record = record
             if record is not None:
                 record.fill(round_state, stats, ctx.versions)
         else:
-            ctx.save_for_backward(*weights, round_state, stats)
+            ctx.save_for_backward(*weights, *gains, round_state, stats)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         plan = ctx.plan
         n = len(plan.dims)
-        *weights, round_state, stats = ctx.tensors if ctx.kept else ctx.saved_tensors
+        *parameters, round_state, stats = ctx.tensors if ctx.kept else ctx.saved_tensors
+        weights, gains = parameters[:n], parameters[n:]
         if ctx.kept:
             begin_backward(plan, ctx.record, weights, ctx.versions, grads)
         wanted = ctx.needs_input_grad[3:]  # made anew by every look at it
-        rows = [i for i in range(n) if grads[i] is not None and wanted[i]]
-        result: list[Tensor | None] = [None] * n
+        # Of each layer the place of its gain, if that wants a gradient.
+        gained = [p if p >= 0 and wanted[n + p] else -1 for p in plan.gained] or [-1] * n
+        rows = [i for i in range(n) if grads[i] is not None and (wanted[i] or gained[i] >= 0)]
+        result: list[Tensor | None] = [None] * len(parameters)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             # create_graph: the same formula in differentiable operations.
-            for i in rows:
-                result[i] = exact.graphed_gradient(
-                    grads[i], weights[i], round_state, stats, plan, i
+            if ctx.kept and versions_of(gains) != ctx.gain_versions:
+                raise RuntimeError(
+                    "a gain was changed in place between its normalisation and this backward"
                 )
+            for i in rows:
+                settled = (round_state, stats, plan, i)
+                if not plan.scaled(i):
+                    result[i] = exact.graphed_gradient(grads[i], weights[i], *settled)
+                    continue
+                gain = gains[plan.gained[i]] if plan.gained[i] >= 0 else None
+                result[i], by_gain = exact.graphed_scaled_gradient(
+                    grads[i], weights[i], gain, *settled
+                )
+                if gained[i] >= 0:
+                    result[n + gained[i]] = by_gain.to(gain.dtype).reshape(gain.shape)
         elif rows:
             chosen = [weights[i] for i in rows]
             given = [_same_memory(grads[i], weights[i]) for i in rows]
             outs = _new_like(chosen, [w.dtype for w in chosen])
+            places = [gained[i] for i in rows if gained[i] >= 0]
+            grad_gains = [torch.empty_like(gains[p]) for p in places]
             ops.normalize_backward(
                 given,
                 chosen,
@@ -149,13 +171,18 @@ class StableRankNormFunction(torch.autograd.Function):
                 rows,
                 [plan.offsets[i] for i in rows],
                 [plan.dims[i] for i in rows],
+                grad_gains,
+                [places.index(gained[i]) if gained[i] >= 0 else -1 for i in rows] if places else [],
+                [plan.scaled(i) for i in rows] if plan.gained else [],
                 [plan.target_ranks[i] for i in rows],
+                [plan.eps[i] for i in rows],
                 plan.gradient,
                 plan.rule,
                 plan.backend if is_traced() or are_plain(given) else "reference",
             )
-            for i, out in zip(rows, outs, strict=True):
-                result[i] = out
+            for i, out in zip([*rows, *(n + p for p in places)], [*outs, *grad_gains], strict=True):
+                if wanted[i]:  # not of a frozen weight whose gain learns
+                    result[i] = out
         return (None, None, None, *result, *[None] * ctx.state_arguments)
 
     @staticmethod
@@ -180,33 +207,38 @@ def run_round(
     us: Sequence[Tensor],
     vs: Sequence[Tensor],
     *finished: Tensor,
+    gains: Sequence[Tensor] = (),
 ) -> tuple[Tensor, ...]:
     """:class:`StableRankNormFunction`, or its forward alone where nothing wants a gradient.
 
-    ``finished``: nothing, or round_state and stats of the round to repeat.
+    ``finished``: nothing, or round_state and stats of the round to repeat. ``gains``: of the layers
+    that have one, in their order.
     """
     if plan.backend == "reference" and not is_traced() and not are_plain(weights):
         with naming(plan.names[0], weights[0]):  # a call of its own, see srn_kernels.core.guard
-            return _run(plan, record, weights, us, vs, *finished)
-    return _run(plan, record, weights, us, vs, *finished)
+            return _run(plan, record, weights, gains, us, vs, *finished)
+    return _run(plan, record, weights, gains, us, vs, *finished)
 
 
 def _run(
     plan: Plan,
     record: Round | None,
     weights: Sequence[Tensor],
+    gains: Sequence[Tensor],
     us: Sequence[Tensor],
     vs: Sequence[Tensor],
     *finished: Tensor,
 ) -> tuple[Tensor, ...]:
-    if torch.is_grad_enabled() and any(w.requires_grad for w in weights):
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (*weights, *gains)):
         if plain_eager():
             # Function.apply would inspect forward's signature on every call, for 60 us.
             return super(torch.autograd.Function, StableRankNormFunction).apply(
-                plan, record, (us, vs), *weights, *finished
+                plan, record, (us, vs), *weights, *gains, *finished
             )
-        return StableRankNormFunction.apply(plan, record, None, *weights, *us, *vs, *finished)
-    outputs = StableRankNormFunction.forward(plan, record, (us, vs), *weights, *finished)
+        return StableRankNormFunction.apply(
+            plan, record, None, *weights, *gains, *us, *vs, *finished
+        )
+    outputs = StableRankNormFunction.forward(plan, record, (us, vs), *weights, *gains, *finished)
     if record is not None:
         record.fill(*outputs[-2:], versions_of(weights))
     return outputs

@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 
 from srn_kernels.core.plan import Plan
-from srn_kernels.maths.matrix import round_vectors
+from srn_kernels.maths.bound import Factor, scaled_gradient
+from srn_kernels.maths.matrix import first_vector, matrix, round_vectors
 from srn_kernels.maths.rules import named
+from srn_kernels.maths.scalars import Stats
 
 
 def graphed_gradient(
@@ -32,6 +34,57 @@ def graphed_gradient(
     with torch.no_grad():
         part = rule.layer_exact_part(*settled)
     return OnceDifferentiable.apply(frozen, part)
+
+
+def graphed_scaled_gradient(
+    grad: Tensor,
+    weight: Tensor,
+    gain: Tensor | None,
+    round_state: Tensor,
+    stats: Tensor,
+    plan: Plan,
+    place: int,
+) -> tuple[Tensor, Tensor]:
+    """dL/dW and dL/dgain of a layer with a factor, from G = dL/d(factor W_hat)."""
+    rule, dim, rank = named(plan.rule), plan.dims[place], plan.target_ranks[place]
+    u, v = round_vectors(round_state, plan.offsets[place], weight, dim, plan.pairs[place])
+    known, bound = Stats(*stats[place]), plan.sigma_max[place]
+    sigma = known.sigma
+    if bound > 0:  # as a function of W
+        sigma = (first_vector(u) @ (matrix(weight, dim).to(u.dtype) @ first_vector(v))).double()
+    factor = Factor.of(sigma, known.masks()[0], gain, bound, plan.through[place])
+    w_hat = Repeated.apply(weight, round_state, stats, plan, place)
+    layer = (grad, weight, w_hat, u, v, stats[place], rank, dim)
+    frozen, by_gain = scaled_gradient(rule, factor, *layer)
+    if plan.gradient == "frozen":
+        return frozen, by_gain
+    with torch.no_grad():
+        part = rule.layer_exact_part(grad, weight, u, v, stats[place], rank, dim)
+        part = part if part is None else part * factor.factor.to(part.dtype)
+    return OnceDifferentiable.apply(frozen, part), by_gain
+
+
+class Repeated(torch.autograd.Function):
+    """W_hat of a layer of a finished round, without its factor, as a function of W."""
+
+    @staticmethod
+    def forward(
+        weight: Tensor, round_state: Tensor, stats: Tensor, plan: Plan, place: int
+    ) -> Tensor:
+        dim, constants = plan.dims[place], (plan.target_ranks[place], plan.eps[place])
+        u, v = round_vectors(round_state, plan.offsets[place], weight, dim, plan.pairs[place])
+        return named(plan.rule).repeat_layer(weight, u, v, stats[place], *constants, dim)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        weight, round_state, stats, ctx.plan, ctx.place = inputs
+        ctx.save_for_backward(weight, round_state, stats)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        weight, round_state, stats = ctx.saved_tensors
+        made = graphed_gradient(grads[0], weight, round_state, stats, ctx.plan, ctx.place)
+        return made, None, None, None, None
 
 
 class OnceDifferentiable(torch.autograd.Function):

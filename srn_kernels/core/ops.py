@@ -7,13 +7,19 @@ weights       n tensors, float32, bfloat16, float16 or float64, dense in any mem
 us, vs        the state: (rows_i,) and (columns_i,) for k_i = 1, else (rows_i, k_i) and
               (columns_i, k_i); float32, or float64 for float64 weights; all layers of a call share
               one state dtype; written where ``iterations[i] > 0``
-outs          W_hat, with the weights' sizes and strides; float64 only for float64 weights
+outs          factor W_hat, with the weights' sizes and strides; float64 only for float64 weights;
+              the factor is 1 without gain and soft bound (:mod:`srn_kernels.maths.bound`)
 round_state   flat, in the state dtype: layer i's unit u starts at ``offsets[i]``, its v
               ``padded(k_i rows_i)`` later; what backward needs, untouched by later rounds
-stats         (n, 8) float64, the columns of :class:`srn_kernels.maths.scalars.Stats`
+stats         (n, 11) float64, the columns of :class:`srn_kernels.maths.scalars.Stats`
 iterations    power iterations; 0: evaluation (u/|u|, v/|v|, no change of state); -1: repeat the
               round whose round_state and stats are given
 dims          the output dimension of each weight
+gains         learned gains, one element each; in a backward grad_gains, where their gradients go
+gained        for each layer the place of its gain, -1: it has none; empty: no layer has one
+sigma_max     soft bounds, 0: none; empty: no layer has one. ``through``: whether their divisor
+              moves with W in the gradient
+scaled        of a backward: whether a layer's factor is anything but 1; empty: none
 rows          of a backward: the layers' places in the round
 gradient      "frozen" or "exact"
 rule          a name of :func:`srn_kernels.maths.rules.named`; where kernels do not serve it, plain
@@ -37,10 +43,12 @@ from srn_kernels.maths.scalars import STATS
 _SCHEMAS = {
     "normalize": "(Tensor[] weights, Tensor(a!)[] us, Tensor(b!)[] vs, Tensor(c!)[] outs, "
     "Tensor(d!) round_state, Tensor(e!) stats, int[] offsets, float[] target_ranks, "
-    "int[] iterations, int[] dims, float[] eps, str rule, str backend) -> ()",
+    "int[] iterations, int[] dims, float[] eps, Tensor[] gains, int[] gained, "
+    "float[] sigma_max, bool[] through, str rule, str backend) -> ()",
     "normalize_backward": "(Tensor[] grads, Tensor[] weights, Tensor round_state, Tensor stats, "
-    "Tensor(a!)[] grad_weights, int[] rows, int[] offsets, int[] dims, float[] target_ranks, "
-    "str gradient, str rule, str backend) -> ()",
+    "Tensor(a!)[] grad_weights, int[] rows, int[] offsets, int[] dims, Tensor(b!)[] grad_gains, "
+    "int[] gained, bool[] scaled, float[] target_ranks, float[] eps, str gradient, str rule, "
+    "str backend) -> ()",
     "project": "(Tensor(a!)[] weights, Tensor(b!)[] us, Tensor(c!)[] vs, float[] target_ranks, "
     "int[] iterations, int[] dims, float[] eps, str backend) -> ()",
 }
@@ -68,19 +76,19 @@ def _normalize(*arguments: Any) -> None:
         backends.load(backend).normalize(*lists)
     else:
         reference.run(rule, *lists)
-    _, us, vs, *_, iterations, _, _ = lists
+    us, vs, iterations = lists[1], lists[2], lists[8]
     _tell_autograd(_moved(us, iterations), _moved(vs, iterations))
 
 
 def _normalize_backward(*arguments: Any) -> None:
-    *lists, target_ranks, gradient, rule, backend = arguments
+    *lists, scaled, target_ranks, eps, gradient, rule, backend = arguments
     rule = named(rule)
-    if rule.kernels:
+    if rule.kernels and backend != "reference":
         backends.load(backend).normalize_backward(*lists)
     else:
-        reference.run_backward(rule, *lists, target_ranks)
+        reference.run_backward(rule, *lists, scaled, target_ranks, eps)
     if gradient == "exact":
-        reference.add_exact_parts(rule, *lists, target_ranks)
+        reference.add_exact_parts(rule, *lists[:8], scaled, target_ranks)
 
 
 def _project(*arguments: Any) -> None:

@@ -238,8 +238,12 @@ def run_split(
     us: Sequence[Tensor],
     vs: Sequence[Tensor],
     *finished: Tensor,
+    gains: Sequence[Tensor] = (),
 ) -> tuple[Tensor, ...]:
-    """:func:`srn_kernels.core.autograd.run_round` for DTensors; W_hat is placed as its weight."""
+    """:func:`srn_kernels.core.autograd.run_round` for DTensors; W_hat is placed as its weight.
+
+    ``gains``: none, see :func:`check`.
+    """
     if not named(plan.rule).split:
         raise NotImplementedError(f"{plan.names[0]} is a DTensor, for which preserve has to be 1")
     blocks = [

@@ -17,7 +17,7 @@ class Normalized(NamedTuple):
     weight: Tensor  # W_hat
     u: Tensor  # (rows,), or (rows, pairs), the unit u of this round
     v: Tensor  # (columns,), or (columns, pairs)
-    stats: Tensor  # (8,) float64, see Stats
+    stats: Tensor  # float64, a row of Stats
 
 
 class Rule:
@@ -25,7 +25,7 @@ class Rule:
 
     Everywhere w is (rows, columns), float32 or float64; u and v, in its dtype, are (rows,) and
     (columns,) where the rule keeps one pair of vectors, else (rows, pairs) and (columns, pairs);
-    target_rank is the layer's r, inf for none; stats is the layer's (8,) float64 row of
+    target_rank is the layer's r, inf for none; stats is the layer's float64 row of
     :class:`srn_kernels.maths.scalars.Stats`. :func:`srn_kernels.register_rule` makes a rule an
     option of every function that normalises.
     """
@@ -80,7 +80,8 @@ class Rule:
     @staticmethod
     def stats_of(w: Tensor, branch: int = SPECTRAL, **known: float | Tensor) -> Tensor:
         """A row of statistics by name; those that a rule does not have are nan."""
-        row = dict.fromkeys(Stats._fields, float("nan")) | {"branch": branch, "kept": 0} | known
+        row = dict.fromkeys(Stats._fields, float("nan")) | Stats._field_defaults
+        row |= {"branch": branch, "kept": 0} | known
         tensors = [torch.as_tensor(x, dtype=torch.float64, device=w.device) for x in row.values()]
         return torch.stack(tensors)
 

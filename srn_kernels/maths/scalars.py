@@ -23,6 +23,9 @@ class Stats(NamedTuple):
     b: Any
     branch: Any
     kept: Any  # how many singular values are kept, where that is counted; else 0
+    factor: Any = 1.0  # what is returned is factor W_hat, see srn_kernels.maths.bound
+    by_gain: Any = 1.0  # the factor's derivatives
+    by_sigma: Any = 0.0
 
     def masks(self) -> tuple[Tensor, Tensor]:
         """Where sigma can be divided by, and where the stable-rank constraint is active."""
@@ -75,6 +78,9 @@ def layer_stats(
         b=torch.where(broken, nan, torch.where(good, 1.0 - gamma, 0.0)),
         branch=branch,
         kept=torch.zeros_like(sigma),
+        factor=torch.ones_like(sigma),
+        by_gain=torch.ones_like(sigma),
+        by_sigma=torch.zeros_like(sigma),
     )
     return torch.stack(columns, dim=-1)
 

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from srn_kernels import backends
 from srn_kernels.core.arguments import is_dense
-from srn_kernels.core.autograd import plain_eager, refuse_batched, run_round
+from srn_kernels.core.autograd import refuse_batched, run_round
 from srn_kernels.core.guard import are_plain, check_tensor, serving
 from srn_kernels.core.plan import Plan, make_plan
 from srn_kernels.core.record import Round
-from srn_kernels.maths.bound import bounded
-from srn_kernels.maths.matrix import first_vector, round_vectors, state_dtype
+from srn_kernels.maths.bound import Scaling
+from srn_kernels.maths.matrix import state_dtype
 from srn_kernels.model.freshness import State, is_split, version_of
 from srn_kernels.model.weight import NormalizedWeight, hidden
 
@@ -61,8 +61,10 @@ class Layer:
         )
         self.tied = len(entry.sites) > 1
         self.n_power_iterations = settings.n_power_iterations
-        self.scales = settings.scales
-        self.plain = not (vector or self.scales)  # W_hat is what the op returns
+        self.scaling = Scaling(
+            settings.sigma_max or 0.0, settings.grad_through_sigma, settings.gain
+        )
+        self.plain = not vector  # W_hat is what the op returns
         self.autocasts = weight.dtype != torch.float64 and isinstance(
             entry.sites[0][0], _AUTOCAST_TYPES
         )
@@ -200,6 +202,7 @@ def _plan(
         backend,
         layers[0].settings.gradient,
         layers[0].rule.name,
+        tuple(x.scaling for x in layers),
     )
 
 
@@ -229,6 +232,11 @@ def _plan_of(kind: Kind, seen: Seen, iterations: Sequence[int], out_dtypes: Any 
 def _matrices(weights: Sequence[Tensor]) -> list[Tensor]:
     """The weights as the ops take them: dense, and a vector as a matrix of one row."""
     return [w if w.is_contiguous() and w.dim() > 1 else _matrix(w) for w in weights]
+
+
+def _gains(seen: Seen) -> list[Tensor]:
+    """The gains of the layers that have one."""
+    return [e.gain for e, x in zip(seen.entries, seen.layers, strict=True) if x.scaling.gain]
 
 
 def _matrix(weight: Tensor) -> Tensor:
@@ -283,7 +291,8 @@ def _run(
     if kind.split:
         _check_split(seen)
     try:
-        results = _runner(kind)(plan, record, _matrices(seen.weights), seen.us, seen.vs)
+        given = (_matrices(seen.weights), seen.us, seen.vs)
+        results = _runner(kind)(plan, record, *given, gains=_gains(seen))
     except (RuntimeError, ValueError, TypeError, IndexError):
         _explain(seen)
         raise
@@ -293,42 +302,16 @@ def _run(
     if early and not kind.split and results[0].grad_fn is not None:
         # The engine takes the latest node that is ready; rounds are made before all layers.
         results[0].grad_fn._set_sequence_nr(_FIRST)
-    return _finish(seen, plan, results)
+    return _finish(seen, results)
 
 
-def _finish(seen: Seen, plan: Plan, results: Sequence[Tensor]) -> Sequence[Tensor]:
-    """W_hat as the layers see it, from what the op returned: soft bound and gain, and vectors."""
-    *outs, round_state, stats = results
+def _finish(seen: Seen, results: Sequence[Tensor]) -> Sequence[Tensor]:
+    """W_hat as the layers see it, from what the op returned: vectors are matrices of one row."""
+    *outs, _, _ = results
     for place, layer in enumerate(seen.layers):
-        if layer.plain:
-            continue
-        out = outs[place]
-        if layer.scales:
-            out = _bounded(seen.entries[place], out, plan, place, round_state, stats)
-        outs[place] = out.squeeze(0) if len(layer.shape) == 1 else out
+        if not layer.plain:
+            outs[place] = outs[place].squeeze(0)
     return outs
-
-
-def _bounded(
-    entry: NormalizedWeight, out: Tensor, plan: Plan, place: int, round_state: Tensor, stats: Tensor
-) -> Tensor:
-    """W_hat with its soft bound and gain, from the round's own u, v and scalars."""
-    weight, dim, offset = entry.matrix_weight(), plan.dims[place], plan.offsets[place]
-    pair = round_vectors(round_state, offset, weight, dim, plan.pairs[place])
-    u, v = (first_vector(x) for x in pair)
-    s = entry.settings
-    return bounded(
-        out,
-        weight,
-        u,
-        v,
-        stats[place],
-        dim,
-        s.sigma_max,
-        s.grad_through_sigma,
-        entry.gain,
-        plain_eager(),
-    )
 
 
 def measure(seen: Seen, iterations: Sequence[int]) -> Round:
@@ -370,8 +353,8 @@ def repeat(entries: Sequence[NormalizedWeight], records: Sequence[Round]) -> lis
         # Its backward counts as one of the original round.
         kept = Round(plan, [*(e.fit for e in seen.entries), record])
         vectors = (seen.us, seen.vs, round_state, stats)
-        results = _runner(kind)(plan, kept, _matrices(seen.weights), *vectors)
-        for i, out in zip(part, _finish(seen, plan, results), strict=True):
+        results = _runner(kind)(plan, kept, _matrices(seen.weights), *vectors, gains=_gains(seen))
+        for i, out in zip(part, _finish(seen, results), strict=True):
             outs[i] = out
     return outs
 
@@ -408,12 +391,13 @@ def converge(
 
 
 def move(seen: Seen, iterations: Sequence[int]) -> None:
-    """What a round does to u and v, without its W_hat's soft bound and gain."""
+    """What a round does to u and v."""
     refuse_batched(seen.weights)
     for kind, places in _cached_parts(tuple(seen.layers)):
         part = seen.part(places)
         plan = _plan_of(kind, part, [iterations[i] for i in places])
-        _runner(kind)(plan, None, _matrices(part.weights), part.us, part.vs)
+        given = (_matrices(part.weights), part.us, part.vs)
+        _runner(kind)(plan, None, *given, gains=_gains(part))
 
 
 # --- looking, without changing anything -----------------------------------------------------------

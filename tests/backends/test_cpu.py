@@ -16,6 +16,7 @@ from torch import Tensor
 from srn_kernels import empty_cache, functional
 from srn_kernels.backends import cpu
 from srn_kernels.core import ops
+from srn_kernels.maths.scalars import STATS
 
 pytestmark = pytest.mark.skipif(cpu._cpu is None, reason=f"cpu: {cpu.unavailable_reason()}")
 
@@ -263,7 +264,7 @@ def test_rounds_on_several_python_threads_do_not_disturb_each_other(threads):
 
 def test_the_binding_refuses_tensors_that_do_not_fit():
     w, (u, v) = torch.randn(4, 6), oracle.make_state(torch.randn(4, 6))
-    state, stats = torch.zeros(32), torch.zeros(1, 8, dtype=torch.float64)
+    state, stats = torch.zeros(32), torch.zeros(1, len(STATS), dtype=torch.float64)
 
     def call(**changed: object) -> None:
         arguments = {
@@ -278,6 +279,10 @@ def test_the_binding_refuses_tensors_that_do_not_fit():
             "iterations": [1],
             "dims": [0],
             "eps": [1e-12],
+            "gains": [],
+            "gained": [],
+            "sigma_max": [],
+            "through": [],
         }
         ops.normalize(*{**arguments, **changed}.values(), "stable_rank", "cpu")
 
@@ -295,6 +300,10 @@ def test_the_binding_refuses_tensors_that_do_not_fit():
         ({"iterations": [1, 1]}, ValueError, "lists of different lengths"),
         ({"weights": [torch.randn(4, 12)[:, ::2]]}, ValueError, "not dense"),
         ({"weights": [w.int()]}, TypeError, "unsupported dtype"),
+        ({"sigma_max": [1.0, 1.0]}, ValueError, "lists of different lengths"),
+        ({"gained": [0]}, ValueError, "gain 0 of 0"),
+        ({"gains": [torch.ones(2)], "gained": [0]}, ValueError, "a gain must have one element"),
+        ({"gains": [torch.ones(1).int()], "gained": [0]}, TypeError, "unsupported dtype"),
     ]:
         if "offsets" in changed:
             changed = {**changed, "round_state": state[:22]}

@@ -17,8 +17,8 @@ NEEDS_NVCC = pytest.mark.skipif(tool.find_nvcc() is None, reason="needs nvcc")
 ROOT = Path(__file__).parents[2]
 
 PTXAS = """\
-ptxas info    : Compiling entry function '_ZN3srn16normalize_kernelIfLi83EEEvNS0_10P' for 'sm_90a'
-ptxas info    : Function properties for _ZN3srn16normalize_kernelIfLi83EEEvNS0_10P
+ptxas info    : Compiling entry function '_ZN3srn16normalize_kernelIfLi62EEEvNS0_10P' for 'sm_90a'
+ptxas info    : Function properties for _ZN3srn16normalize_kernelIfLi62EEEvNS0_10P
     {stack} bytes stack frame, {stores} bytes spill stores, 0 bytes spill loads
 ptxas info    : Used 128 registers, used 2 barriers, 16 bytes smem
 """
@@ -36,7 +36,7 @@ def test_a_target_compiles_without_spills_and_with_its_copies(capsys):
 
 
 def test_a_loop_that_was_not_counted_is_a_fault():
-    kernel = "_Z16normalize_kernelIfLi83E"
+    kernel = "_Z16normalize_kernelIfLi62E"
     report = tool.Report(tool.readable(kernel), 128, 0, 0, 0)
     counted = [
         sass.Loop(kernel, phase, types, 1, 20, 0)
@@ -45,7 +45,7 @@ def test_a_loop_that_was_not_counted_is_a_fault():
     ]
     assert tool.missing([report], counted) == []
     assert tool.missing([report], counted[1:]) == [
-        "normalize, float32, up to 83 layers: no loop of slab of float32 was found"
+        "normalize, float32, up to 62 layers: no loop of slab of float32 was found"
     ]
     assert tool.missing([report._replace(name="another kernel")], []) == []
 
@@ -55,7 +55,7 @@ def test_a_loop_that_was_not_counted_is_a_fault():
 )
 def test_spills_are_found_in_the_assemblers_report(stack, stores, faults):
     (kernel,) = tool.parse(PTXAS.format(stack=stack, stores=stores))
-    assert kernel.name == "normalize, float32, up to 83 layers"
+    assert kernel.name == "normalize, float32, up to 62 layers"
     assert (kernel.registers, kernel.shared, kernel.faults) == (128, 16, faults)
 
 
@@ -77,7 +77,7 @@ def test_without_nvcc_the_step_says_so(monkeypatch, capsys):
 
 def _sass(*body: str) -> str:
     lines = [f"        /*{16 * k:04x}*/  {text} ;" for k, text in enumerate(body)]
-    return "\n".join(["\t\tFunction : _Z16normalize_kernelIfLi83E", *lines])
+    return "\n".join(["\t\tFunction : _Z16normalize_kernelIfLi62E", *lines])
 
 
 def test_loops_are_found_and_held_to_their_limits():

@@ -21,6 +21,7 @@ from gpu_rounds import (
     nan_like,
     scaled_down,
 )
+from scaled_rounds import check_scaled_rounds
 
 from benchmarks.cases import workloads
 from srn_kernels.backends import cuda as backend
@@ -108,6 +109,11 @@ def test_edge_cases(iterations):
 
 def test_evaluation_with_shrunk_and_negative_vectors():
     check_evaluation_with_shrunk_and_negative_vectors(backend)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=oracle.dtype_id)
+def test_soft_bounds_and_gains(dtype):
+    check_scaled_rounds(backend, dtype)
 
 
 def test_a_repeated_round_has_the_same_bits():

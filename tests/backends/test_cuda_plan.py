@@ -8,13 +8,14 @@ import pytest
 import torch
 
 from benchmarks.cases import workloads
+from benchmarks.gpu import events
 from srn_kernels.backends.cuda import planning
 from srn_kernels.backends.tiling import staging
 from srn_kernels.backends.tiling.config import KB, MB, LaunchConfig
 from srn_kernels.backends.tiling.schedule import Phase, Schedule, Tile, check
 
-# As plan.h has them; the extension's own figures are compared below where there is one.
-MACHINE = staging.Machine(15, (1, 2, 3, 6, 9), (1, 3, 6), 3, 1920, 16, 32, (10752, 18560))
+# The extension's own figures are compared below where there is one.
+MACHINE = events.KERNELS
 # SMs, L2 and shared memory of a CTA: sm_90 and sm_100, sm_80, and sm_86, 89, 120.
 CARDS = {227: (132, 50 * MB), 164: (108, 40 * MB), 99: (84, 6 * MB)}
 F32, BF16 = planning.FLOAT32, planning.BFLOAT16
@@ -24,9 +25,7 @@ def use_card(monkeypatch: pytest.MonkeyPatch, shared: int) -> None:
     processors, l2 = CARDS[shared]
 
     def config(device: int, model_bytes: int, backward: bool) -> tuple[LaunchConfig, int]:
-        made = LaunchConfig.for_device(
-            processors, l2, shared * KB, model_bytes, backward, planning.FEWEST_SLABS
-        )
+        made = planning.config_for(processors, l2, shared * KB, model_bytes, backward)
         return made, shared * KB
 
     monkeypatch.setattr(planning, "device_config", config)
@@ -40,44 +39,19 @@ def h200(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(staging, "IN_FLIGHT", 64 * KB)
 
 
-def key(shapes, backward=False, types=(F32, F32), iterations=1, aligned=True, dim=0):
+def key(shapes, backward=False, types=(F32, F32), iterations=1, aligned=True, dim=0, gain=(F32, 1)):
     words = [0, int(backward), 0]
     for i, shape in enumerate(shapes):
         strides = torch.empty(shape, device="meta").stride()
-        words += [len(shape), dim, *types, int(aligned), iterations, 0, i, *shape, *strides]
+        words += [len(shape), dim, *types, int(aligned), iterations, 0, i, *gain]
+        words += [*shape, *strides]
     return words
 
 
 def unpacked(made: planning.Blueprint):
     """Records as dictionaries of plan.h's names, and tiles."""
-    names = [
-        "round",
-        "scratch",
-        "rows",
-        "columns",
-        "inner",
-        "column_of",
-        "slab_rows",
-        "slabs",
-        "column_width",
-        "column_tiles",
-        "arrivals",
-        "passes",
-        "iterations",
-        "stats_row",
-        "type",
-        "other_type",
-        "path",
-        "vectors",
-        "group_warps",
-        "piece_rows",
-        "row_pieces",
-        "piece_columns",
-        "other_offset",
-        "first_protected",
-    ]
-    records = [dict(zip(names, x, strict=True)) for x in planning.RECORD.iter_unpack(made.records)]
-    phases = {op: phase for phase, op in planning._OPS.items()}
+    records = [planning.Record(*x)._asdict() for x in planning.RECORD.iter_unpack(made.records)]
+    phases = {op: phase for phase, op in planning.OPS.items()}
     words = torch.frombuffer(bytearray(made.tiles), dtype=torch.int32).view(-1, 4).tolist()
     return records, [Tile(a, phases[b], c, d) for a, b, c, d in words]
 
@@ -220,11 +194,24 @@ def test_rows_that_are_not_contiguous_are_read_directly():
     assert (record["path"], record["inner"], record["columns"]) == (staging.DIRECT, 9, 576)
 
 
+@pytest.mark.parametrize("backward", [False, True])
+def test_a_gain_changes_no_tile(backward):
+    shapes = workloads.load()["biggan_128_D_ch96"].shapes
+    plain, gained = (
+        planning.plan(key(shapes, backward, gain=gain), MACHINE) for gain in ((F32, 1), (BF16, 0))
+    )
+    assert plain.tiles == gained.tiles and plain.ctas == gained.ctas
+    (records, _), (others, _) = unpacked(plain), unpacked(gained)
+    assert {(r.pop("gain_type"), r.pop("through")) for r in records} == {(F32, 1)}
+    assert {(r.pop("gain_type"), r.pop("through")) for r in others} == {(BF16, 0)}
+    assert records == others
+
+
 def test_tables_of_columns_follow_each_other():
     strides = torch.empty(8, 4, 3, 3).to(memory_format=torch.channels_last).stride()
     words = [0, 0, 0]
     for i in range(2):
-        words += [4, 0, F32, F32, 1, 1, 0, i, 8, 4, 3, 3, *strides]
+        words += [4, 0, F32, F32, 1, 1, 0, i, F32, 1, 8, 4, 3, 3, *strides]
     made = planning.plan(words, MACHINE)
     assert [r["column_of"] for r in unpacked(made)[0]] == [0, 36]
     tables = torch.frombuffer(bytearray(made.columns), dtype=torch.int32).view(2, 36)

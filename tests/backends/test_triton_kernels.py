@@ -24,6 +24,7 @@ from gpu_rounds import (
     nan_like,
     scaled_down,
 )
+from scaled_rounds import check_scaled_rounds
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
@@ -147,6 +148,10 @@ def test_edge_cases(iterations):
 
 def test_evaluation_with_shrunk_and_negative_vectors():
     check_evaluation_with_shrunk_and_negative_vectors(backend)
+
+
+def test_soft_bounds_and_gains():
+    check_scaled_rounds(backend, F32)
 
 
 def test_a_repeated_round_has_the_same_bits():

@@ -87,6 +87,9 @@ def test_a_call_that_passes_is_left_alone():
         case(8, 12, misaligned=(4, 8, 4), target_rank=3.0, iterations=0),
         case(8, 12, target_rank=2.0, iterations=-1),
         replace(case(5, 7), strides=(1, 5), other_strides=(1, 5)),
+        case(6, 10, gain="float32", sigma_max=0.5, target_rank=2.0),
+        case(6, 10, gain="bfloat16", sigma_max=0.5, through=False),
+        case(6, 10, gain="float64", sigma_max=100.0, iterations=-1),
     ],
     ids=str,
 )

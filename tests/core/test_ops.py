@@ -15,6 +15,7 @@ from torch._subclasses import FakeTensorMode
 
 from srn_kernels.core import ops
 from srn_kernels.maths.matrix import padded, round_vectors
+from srn_kernels.maths.scalars import STATS
 
 BACKENDS = pytest.mark.parametrize("backend", live_backends())
 
@@ -53,7 +54,7 @@ class Call(NamedTuple):
             [v for _, v in states],
             [Guarded(w, out_dtype) for w in weights],
             Guarded(torch.empty(size, dtype=oracle.state_dtype(weights[0]))),
-            Guarded(torch.empty(len(weights), 8, dtype=torch.float64)),
+            Guarded(torch.empty(len(weights), len(STATS), dtype=torch.float64)),
             offsets,
             oracle.target_ranks(shapes),
             [iterations] * len(weights),
@@ -80,6 +81,7 @@ class Call(NamedTuple):
             self.iterations,
             self.dims,
             [1e-12] * len(self.weights),
+            *([], [], [], []),  # no gain, no soft bound
             "stable_rank",
             backend,
         )
@@ -153,7 +155,9 @@ def check_call(
         rows,
         [call.offsets[i] for i in rows],
         [call.dims[i] for i in rows],
+        *([], [], []),  # no gain, no factor
         [call.ranks[i] for i in rows],
+        [1e-12] * len(rows),
         "frozen",
         "stable_rank",
         backend,
@@ -259,7 +263,7 @@ def sample_arguments(dtype: torch.dtype, layout: str, backend: str) -> tuple[tup
     outs = [torch.zeros_like(w) for w in call.weights]
     size = call.round_state.tensor.numel()
     state = torch.zeros(size, dtype=oracle.state_dtype(call.weights[0]))
-    stats = torch.zeros(2, 8, dtype=torch.float64)
+    stats = torch.zeros(2, len(STATS), dtype=torch.float64)
     forward = (*arguments[:3], outs, state, stats, *arguments[6:])
     done = (*arguments[:3], outs, state.clone(), stats.clone(), *arguments[6:])
     ops.normalize(*done)

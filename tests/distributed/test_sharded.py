@@ -126,12 +126,17 @@ UV = ("_u", "_v")
 
 
 def other_kinds(rank: int, world: int) -> None:
-    """gradient="exact" and preserve=2 in nested units: on the weights that the unit gathered."""
+    """What only gathered weights offer in nested units: gradient="exact", preserve=2, sigma_max,
+    gain."""
     single = Discriminator().double()
     srn.apply_stable_rank_norm(
         single,
         0.4,
-        overrides={"conv": {"gradient": "exact"}, "up": {"preserve": 2}},
+        overrides={
+            "conv": {"gradient": "exact", "sigma_max": 0.5, "gain": True},
+            "up": {"preserve": 2, "gain": True},
+            "head": {"sigma_max": 0.5, "gain": True},
+        },
         init_iterations=50,
     )
     model = copy.deepcopy(single)
@@ -452,7 +457,7 @@ CHECKS: dict[str, Callable[[int, int], None]] = {
         for n in (True, False)
         for b in (True, False)
     },
-    "FSDP2, exact gradient and preserve": other_kinds,
+    "FSDP2, exact gradient, preserve, soft bound and gain": other_kinds,
     "one all-reduce a round": one_all_reduce_a_round,
     **{
         f"bfloat16, nested={n}": functools.partial(mixed_precision, nested=n) for n in (True, False)

@@ -14,12 +14,12 @@ from torch import Tensor
 from benchmarks.cases import workloads
 from srn_kernels.core import ops
 from srn_kernels.maths.matrix import round_vectors
-from srn_kernels.maths.scalars import NON_FINITE, PASS_THROUGH, Stats
+from srn_kernels.maths.scalars import NON_FINITE, PASS_THROUGH, STATS, Stats
 
 
 def device_of(backend: ModuleType) -> str:
     """Where a backend's tests make their tensors: interpreted or emulated kernels serve the CPU."""
-    return "cpu" if "cpu" in backend.DEVICES else "cuda"
+    return "cpu" if backend.DEVICES is None or "cpu" in backend.DEVICES else "cuda"
 
 
 class Round(NamedTuple):
@@ -64,12 +64,17 @@ class Round(NamedTuple):
                 for w, d in zip(tensors, out_dtypes or [None] * len(tensors), strict=True)
             ],
             torch.full((size,), math.nan, dtype=dtype, device=device),
-            torch.full((len(tensors), 8), math.nan, dtype=torch.float64, device=device),
+            torch.full((len(tensors), len(STATS)), math.nan, dtype=torch.float64, device=device),
             offsets,
             backend,
         )
 
-    def normalize(self, iterations: int | Sequence[int], eps: float = 1e-12) -> None:
+    def normalize(
+        self,
+        iterations: int | Sequence[int],
+        eps: float = 1e-12,
+        scalings: tuple[Sequence, ...] = (),  # gains, gained, sigma_max, through
+    ) -> None:
         n = len(self.weights)
         self.backend.normalize(
             self.weights,
@@ -83,9 +88,15 @@ class Round(NamedTuple):
             [iterations] * n if isinstance(iterations, int) else iterations,
             self.dims,
             [eps] * n,
+            *scalings,
         )
 
-    def gradients(self, grads: Sequence[Tensor], rows: Sequence[int]) -> list[Tensor]:
+    def gradients(
+        self,
+        grads: Sequence[Tensor],
+        rows: Sequence[int],
+        gains: tuple[Sequence, ...] = (),  # grad_gains, gained
+    ) -> list[Tensor]:
         results = [nan_like(self.weights[i]) for i in rows]
         self.backend.normalize_backward(
             grads,
@@ -96,6 +107,7 @@ class Round(NamedTuple):
             rows,
             [self.offsets[i] for i in rows],
             [self.dims[i] for i in rows],
+            *gains,
         )
         return results
 

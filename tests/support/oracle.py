@@ -227,7 +227,7 @@ def assert_forward(
     assert_within(matrix_of(out, dim), layer.w_hat, bounds.w_hat(out.dtype), f"{what}: W_hat")
     assert out.shape == weight.shape
     if stats is not None:
-        sigma, frobenius_sq, q, gamma, a, b, branch, _ = stats.tolist()
+        sigma, frobenius_sq, q, gamma, a, b, branch, *_ = stats.tolist()
         assert branch == layer.branch, f"{what}: branch"
         scale = max(abs(layer.sigma), 1e-300)
         pairs = [

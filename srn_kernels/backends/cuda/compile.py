@@ -62,7 +62,7 @@ def find_nvcc() -> str | None:
 
 
 def readable(mangled: str) -> str:
-    """normalize_kernelIfLi83E... -> "normalize, float32, up to 83 layers"."""
+    """normalize_kernelIfLi62E... -> "normalize, float32, up to 62 layers"."""
     found = re.search(r"(normalize|backward)_kernelI([fd])Li(\d+)E", mangled)
     return f"{found[1]}, {TYPES[found[2]]}, up to {found[3]} layers" if found else mangled
 

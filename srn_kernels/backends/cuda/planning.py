@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import struct
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import NamedTuple
@@ -31,7 +31,40 @@ FLOAT32, BFLOAT16, FLOAT16, FLOAT64 = range(4)  # as Type in plan.h
 BYTES = {FLOAT32: 4, BFLOAT16: 2, FLOAT16: 2, FLOAT64: 8}
 MOST_OF_FEWEST_ROWS = 8
 FEWEST_SLABS = 2.5  # for each SM: rounding to whole rows leaves two
-RECORD = struct.Struct("=2q22i")
+# Percent of L2, for models beyond it: producers run ahead (python -m benchmarks gpu events).
+LOOKAHEAD = 56
+RECORD = struct.Struct("=2q24i")
+
+
+class Record(NamedTuple):
+    """As in plan.h."""
+
+    round: int
+    scratch: int
+    rows: int
+    columns: int
+    inner: int
+    column_of: int
+    slab_rows: int
+    slabs: int
+    column_width: int
+    column_tiles: int
+    arrivals: int
+    passes: int
+    iterations: int
+    stats_row: int
+    type: int
+    other_type: int
+    path: int
+    vectors: int
+    group_warps: int
+    piece_rows: int
+    row_pieces: int
+    piece_columns: int
+    other_offset: int
+    first_protected: int
+    gain_type: int
+    through: int
 
 
 class Layer(NamedTuple):
@@ -46,6 +79,11 @@ class Layer(NamedTuple):
     iterations: int
     offset: int  # of u in the round's state
     row: int  # of the statistics
+    gain_type: int  # of its gain or the gain's gradient, if it has one
+    through: bool  # see Scaling in csrc/scalars.h
+
+
+_NUMBERS = len(Layer._fields) - 2  # all but shape and strides
 
 
 @dataclass(frozen=True)
@@ -65,37 +103,45 @@ def layers_of(words: Sequence[int]) -> Iterator[Layer]:
     """The layers in a plan's key; see describe() in bindings.cpp."""
     at = 0
     while at < len(words):
-        n, dim, type_, other, aligned, iterations, offset, row = words[at : at + 8]
-        shape, strides = words[at + 8 : at + 8 + n], words[at + 8 + n : at + 8 + 2 * n]
-        yield Layer(
-            tuple(shape), tuple(strides), dim, type_, other, bool(aligned), iterations, offset, row
-        )
-        at += 8 + 2 * n
+        n, *numbers = words[at : at + _NUMBERS + 1]
+        at += _NUMBERS + 1
+        yield Layer(tuple(words[at : at + n]), tuple(words[at + n : at + 2 * n]), *numbers)
+        at += 2 * n
+
+
+def config_for(
+    processors: int, l2_bytes: int, shared_bytes: int, model_bytes: int, backward: bool
+) -> LaunchConfig:
+    """The launch's parameters for a device."""
+    sizes = (processors, l2_bytes, shared_bytes, model_bytes, backward)
+    config = LaunchConfig.for_device(*sizes, FEWEST_SLABS)
+    if model_bytes > l2_bytes:
+        config = replace(config, lookahead_bytes=l2_bytes * LOOKAHEAD // 100)
+    return config
 
 
 @functools.cache
 def device_config(device: int, model_bytes: int, backward: bool) -> tuple[LaunchConfig, int]:
     """The launch's parameters, and the shared memory of a CTA."""
     p = torch.cuda.get_device_properties(device)
-    config = LaunchConfig.for_device(
-        p.multi_processor_count,
-        p.L2_cache_size,
-        p.shared_memory_per_block_optin,
-        model_bytes,
-        backward,
-        FEWEST_SLABS,
-    )
-    return config, p.shared_memory_per_block_optin
+    sizes = (p.multi_processor_count, p.L2_cache_size, p.shared_memory_per_block_optin)
+    return config_for(*sizes, model_bytes, backward), p.shared_memory_per_block_optin
 
 
-def plan(key: Sequence[int], machine: Machine) -> Blueprint:
-    """Cuts and orders the layers of ``key``: (device, backward, float64, then the layers)."""
+ConfigOf = Callable[[int, int, bool], tuple[LaunchConfig, int]]
+
+
+def plan(key: Sequence[int], machine: Machine, config_of: ConfigOf | None = None) -> Blueprint:
+    """Cuts and orders the layers of ``key``: (device, backward, float64, then the layers).
+
+    config_of: in place of :func:`device_config`, for devices that are not here.
+    """
     device, backward, float64 = key[0], bool(key[1]), bool(key[2])
     layers = list(layers_of(key[3:]))
     layouts = [make_layout(x.shape, x.strides, x.dim) for x in layers]
     element_bytes = [BYTES[x.type] + (BYTES[x.other] if backward else 0) for x in layers]
     total = sum(y.rows * y.columns * b for y, b in zip(layouts, element_bytes, strict=True))
-    config, shared_bytes = device_config(device, total, backward)
+    config, shared_bytes = (config_of or device_config)(device, total, backward)
     # A CTA adds up what its slab gives to t in registers; in backward nothing is added up.
     config = replace(
         config,
@@ -128,10 +174,10 @@ def plan(key: Sequence[int], machine: Machine) -> Blueprint:
     ]
     tiles = array("i")
     for tile in order(cuts, config):
-        tiles.extend((tile.layer, _OPS[tile.phase], tile.index, tile.wait))
+        tiles.extend((tile.layer, OPS[tile.phase], tile.index, tile.wait))
     records, columns = bytearray(), array("i")
     for x, y, cut, staged in zip(layers, layouts, cuts, settled, strict=True):
-        records += RECORD.pack(
+        record = Record(
             x.offset,
             0,  # where its workspace starts: the extension knows the sizes
             y.rows,
@@ -156,7 +202,10 @@ def plan(key: Sequence[int], machine: Machine) -> Blueprint:
             staged.piece_columns,
             staged.other_offset,
             cut.first_protected,
+            x.gain_type,
+            x.through,
         )
+        records += RECORD.pack(*record)
     return _blueprint(bytes(records), tiles, columns, staging, config)
 
 
@@ -165,7 +214,7 @@ def _vectors(layer: Layer) -> bool:
     return layer.type == layer.other or (layer.type == FLOAT32 and layer.other != FLOAT64)
 
 
-_OPS = {Phase.SLAB: 0, Phase.COLUMNS: 1, Phase.RESCALE: 2}  # as Op in plan.h
+OPS = {Phase.SLAB: 0, Phase.COLUMNS: 1, Phase.RESCALE: 2}  # as Op in plan.h
 
 
 def _add_table(columns: array, layout: Layout) -> int:

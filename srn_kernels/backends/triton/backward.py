@@ -14,6 +14,7 @@ from srn_kernels.backends.triton.common import (
     SLABS,
     SPECTRAL,
     STABLE_RANK,
+    STATS,
     STATS_ROW,
     SUMS,
     TICKET,
@@ -26,6 +27,7 @@ from srn_kernels.backends.triton.common import (
     _row_offset,
     _row_range,
     _shape,
+    _store_gain,
     _wait,
 )
 
@@ -76,7 +78,7 @@ def _backward_tile(
             w = tl.load(weight + at, mask=here, other=0.0, eviction_policy=POLICY).to(tl.float32)
             e = tl.load(u_in + r, mask=r < end, other=0.0)[:, None] * v[None, :]
             if COMBINE:
-                d_w = scale * (g + w_part * w + outer * e)
+                d_w = scale * (g + w_part * w) + outer * e
                 tl.store(grad_weight + at, d_w.to(DTYPE), mask=here, eviction_policy="evict_first")
             else:
                 g_w += g * w
@@ -87,8 +89,8 @@ def _backward_tile(
 
 
 @triton.jit
-def _finish_gradient(record, scratch, stats):
-    """dL/dW = scale (G + weight W + outer u v^T), from g_w = <G, W> and g_e = u^T G v."""
+def _finish_gradient(record, pointers, scratch, stats):
+    """dL/dW = scale (G + weight W) + outer u v^T, from g_w = <G, W> and g_e = u^T G v."""
     sums = (scratch + tl.load(record + SCRATCH)).to(tl.pointer_type(tl.float64))
     slabs = tl.load(record + SLABS).to(tl.int32)
     g_w = tl.zeros([SUMS], tl.float64)
@@ -97,21 +99,27 @@ def _finish_gradient(record, scratch, stats):
         i = first + tl.arange(0, SUMS)
         g_w += tl.load(sums + 4 + 2 * i, mask=i < slabs, other=0.0, cache_modifier=".cg")
         g_e += tl.load(sums + 5 + 2 * i, mask=i < slabs, other=0.0, cache_modifier=".cg")
-    row = stats + tl.load(record + STATS_ROW) * 8
+    row = stats + tl.load(record + STATS_ROW) * STATS
     branch = tl.load(row + 6)
     good = branch <= STABLE_RANK
     gamma = tl.load(row + 3)
     moving = (branch == STABLE_RANK) & (gamma > 0)
     sigma = tl.where(good, tl.load(row), 1.0)
     q = tl.where(moving, tl.load(row + 2), 1.0)
-    projected = tl.sum(g_w) / sigma
-    d = projected - tl.sum(g_e)
+    a = tl.load(row + 4)
+    with_w, with_e = tl.sum(g_w), tl.sum(g_e)
+    inner = a * with_w + tl.load(row + 5) * with_e  # <G, W_hat>
+    projected = with_w / sigma
+    d = projected - with_e
     # |W|_F^2 / (q sigma^2) = (q + 1) / q; the frozen gradient of r = 1 (gamma = 0) is zero
     outer = tl.where(moving, (q + 1) / q * d - projected, 0.0)
     outer = tl.where(branch == SPECTRAL, -projected, outer)
-    tl.store(sums, tl.load(row + 4))
+    scale, by_sigma = a * tl.load(row + 8), tl.load(row + 10)
+    tl.store(sums, scale)
     tl.store(sums + 1, tl.where(moving, -d / (q * sigma), 0.0))
-    tl.store(sums + 2, outer)
+    # d sigma / dW = u v^T; an infinite gradient times 0 is none
+    tl.store(sums + 2, scale * outer + tl.where(by_sigma != 0, inner * by_sigma, 0.0))
+    _store_gain(record, pointers, inner * tl.load(row + 9))
 
 
 @triton.jit(do_not_specialize=["n_tiles", "n_layers"])
@@ -153,7 +161,7 @@ def backward_kernel(
         if op <= len(SLAB_VARIANTS):
             before = _arrive(counter)
             if before == tl.load(record + SLABS).to(tl.int32) - 1:
-                _finish_gradient(record, scratch, stats)
+                _finish_gradient(record, pointers, scratch, stats)
                 _arrive(counter)
         ticket = tl.atomic_add(counters + TICKET * COUNTER_STRIDE, 1, sem="relaxed")
     _leave(counters, n_layers)

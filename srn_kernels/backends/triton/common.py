@@ -24,13 +24,19 @@ ITERATIONS = tl.constexpr(8)
 ROUND = tl.constexpr(9)  # offset of u in the round's state
 SCRATCH = tl.constexpr(10)  # offset in the workspace, in 4-byte words
 STATS_ROW = tl.constexpr(11)
+GAIN = tl.constexpr(12)  # which of the dtypes of _load_gain its gain has; -1: it has none
+THROUGH = tl.constexpr(13)  # whether the soft bound's divisor moves with W in the gradient
 ZERO = tl.constexpr(15)
 FIELDS = tl.constexpr(16)
-# Of a layer's changing values: weight, out, u, v pointers, then the bits of two doubles; in
-# backward: gradient, weight, gradient of the weight.
+# Of a layer's changing values: weight, out, u, v pointers, the bits of three doubles, the gain's
+# pointer; in backward: gradient, weight, gradient of the weight, of the gain.
 TARGET_RANK = tl.constexpr(4)
 EPS = tl.constexpr(5)
+SIGMA_MAX = tl.constexpr(6)  # 0: no soft bound
+GAIN_AT = tl.constexpr(7)
+GRAD_GAIN_AT = tl.constexpr(3)
 POINTERS = tl.constexpr(8)
+STATS = tl.constexpr(11)  # columns of the statistics
 
 COUNTER_STRIDE = tl.constexpr(32)  # int32: a 128-byte line each
 TICKET, EXITS, FIRST_COUNTER = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # lines
@@ -72,6 +78,51 @@ def _pointer(pointers, i, DTYPE: tl.constexpr, ALIGN: tl.constexpr):
     if ALIGN > 1:  # a pointer read from a table has lost its alignment
         p = tl.multiple_of(p, 16)
     return p
+
+
+@triton.jit
+def _load_gain(record, pointers):
+    """The layer's gain, 1 without one."""
+    dtype = tl.load(record + GAIN)
+    at = tl.load(pointers + GAIN_AT)
+    gain = tl.full([], 1.0, tl.float64)
+    if dtype == 0:
+        gain = tl.load(at.to(tl.pointer_type(tl.float32))).to(tl.float64)
+    elif dtype == 1:
+        gain = tl.load(at.to(tl.pointer_type(tl.bfloat16))).to(tl.float32).to(tl.float64)
+    elif dtype == 2:
+        gain = tl.load(at.to(tl.pointer_type(tl.float16))).to(tl.float32).to(tl.float64)
+    elif dtype == 3:
+        gain = tl.load(at.to(tl.pointer_type(tl.float64)))
+    return gain
+
+
+@triton.jit
+def _store_gain(record, pointers, value):
+    """The gradient of the layer's gain, if there is a place for it."""
+    dtype = tl.load(record + GAIN)
+    at = tl.load(pointers + GRAD_GAIN_AT)
+    if dtype == 0:
+        tl.store(at.to(tl.pointer_type(tl.float32)), value.to(tl.float32))
+    elif dtype == 1:
+        tl.store(at.to(tl.pointer_type(tl.bfloat16)), value.to(tl.float32).to(tl.bfloat16))
+    elif dtype == 2:
+        tl.store(at.to(tl.pointer_type(tl.float16)), value.to(tl.float32).to(tl.float16))
+    elif dtype == 3:
+        tl.store(at.to(tl.pointer_type(tl.float64)), value)
+
+
+@triton.jit
+def _factor(record, pointers, sigma, branch):
+    """The factor of W_hat and its derivatives by gain and sigma; csrc/scalars.h has the same."""
+    gain = _load_gain(record, pointers)
+    bound = _double(pointers, SIGMA_MAX)
+    bounded = (bound > 0) & (branch <= STABLE_RANK)
+    beyond = bounded & (sigma > bound)
+    by_gain = tl.where(bounded, tl.where(beyond, bound, sigma), 1.0)
+    held = tl.where(tl.load(record + THROUGH) != 0, 0.0, bound / tl.where(beyond, sigma, 1.0))
+    by_sigma = gain * tl.where(bounded, tl.where(beyond, held, 1.0), 0.0)
+    return gain * by_gain, by_gain, by_sigma
 
 
 @triton.jit

@@ -119,7 +119,8 @@ def make_plan(case: Case, backward: bool) -> launch.Plan:
     for i, shape in enumerate(case.shapes):
         strides = torch.empty(shape, device="meta").stride()
         dtypes = (case.dtype, case.other)
-        layers.append(launch.Layer(shape, strides, case.dim, *dtypes, True, 1, offsets[i], i))
+        places = (offsets[i], i, None, True)
+        layers.append(launch.Layer(shape, strides, case.dim, *dtypes, True, 1, *places))
     return launch.Plan(tuple(layers), torch.device("cpu"), backward)
 
 

@@ -30,6 +30,7 @@ from srn_kernels.backends.triton.common import (
     SLABS,
     SPECTRAL,
     STABLE_RANK,
+    STATS,
     STATS_ROW,
     TARGET_RANK,
     TICKET,
@@ -38,6 +39,7 @@ from srn_kernels.backends.triton.common import (
     _arrive,
     _chunk,
     _double,
+    _factor,
     _leave,
     _load_v,
     _matrix_column,
@@ -280,7 +282,7 @@ def _write_stats(record, pointers, stats, sigma, frobenius_sq):
     a = tl.where(good, gamma / tl.where(good, sigma, 1.0), 1.0)
     branch = tl.where(active, STABLE_RANK, SPECTRAL)
     branch = tl.where(good, branch, tl.where(finite, PASS_THROUGH, NON_FINITE))
-    row = stats + tl.load(record + STATS_ROW) * 8
+    row = stats + tl.load(record + STATS_ROW) * STATS
     tl.store(row, sigma)
     tl.store(row + 1, frobenius_sq)
     tl.store(row + 2, tl.where(finite, q, nan))
@@ -289,12 +291,27 @@ def _write_stats(record, pointers, stats, sigma, frobenius_sq):
     tl.store(row + 5, tl.where(finite, 1 - gamma, nan))
     tl.store(row + 6, branch.to(tl.float64))
     tl.store(row + 7, tl.zeros([], tl.float64))
+    factor, by_gain, by_sigma = _factor(record, pointers, sigma, branch)
+    tl.store(row + 8, factor)
+    tl.store(row + 9, by_gain)
+    tl.store(row + 10, by_sigma)
     return branch
 
 
 @triton.jit
+def _factor_again(record, pointers, row, index):
+    """Of a round that is repeated: from what no tile of it writes."""
+    factor, by_gain, by_sigma = _factor(record, pointers, tl.load(row), tl.load(row + 6))
+    if index == 0:
+        tl.store(row + 8, factor)
+        tl.store(row + 9, by_gain)
+        tl.store(row + 10, by_sigma)
+    return factor
+
+
+@triton.jit
 def _rescale(record, pointers, round_state, stats, index, VARIANTS: tl.constexpr, N: tl.constexpr):
-    """W_hat = a W + b u v^T for the rows of one slab."""
+    """factor W_hat = factor (a W + b u v^T) for the rows of one slab."""
     BA: tl.constexpr = VARIANTS[N][0]
     BR: tl.constexpr = VARIANTS[N][1]
     BB: tl.constexpr = VARIANTS[N][2]
@@ -305,9 +322,13 @@ def _rescale(record, pointers, round_state, stats, index, VARIANTS: tl.constexpr
     rows, columns, inner, chunks = _shape(record, BA, BB, ALIGN)
     weight = _pointer(pointers, 0, DTYPE, ALIGN)
     out = _pointer(pointers, 1, OUT_DTYPE, ALIGN)
-    row = stats + tl.load(record + STATS_ROW) * 8
-    scale = tl.load(row + 4, cache_modifier=".cg").to(tl.float32)
-    outer = tl.load(row + 5, cache_modifier=".cg").to(tl.float32)
+    row = stats + tl.load(record + STATS_ROW) * STATS
+    if tl.load(record + ITERATIONS) < 0:
+        factor = _factor_again(record, pointers, row, index)
+    else:
+        factor = tl.load(row + 8, cache_modifier=".cg")
+    scale = (factor * tl.load(row + 4, cache_modifier=".cg")).to(tl.float32)
+    outer = (factor * tl.load(row + 5, cache_modifier=".cg")).to(tl.float32)
     u_in, v_in = _round_vectors(record, round_state, rows)
     begin, end = _row_range(record, index, rows, BR, BB, ALIGN)
     for chunk in range(chunks):

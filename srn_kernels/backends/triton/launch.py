@@ -28,11 +28,14 @@ from srn_kernels.backends.triton import common, interpreter
 from srn_kernels.backends.triton.backward import backward_kernel
 from srn_kernels.backends.triton.forward import _add_both, normalize_kernel
 from srn_kernels.backends.triton.tables import CudaRuntime, HostRuntime, Slots
+from srn_kernels.maths.scalars import STATS
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 if INTERPRETED:
     interpreter.repair(_add_both)
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+GAINS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # as in _load_gain
+assert common.STATS.value == len(STATS)
 FIELDS, POINTERS, PAD = common.FIELDS.value, common.POINTERS.value, common.PAD.value
 COUNTER_STRIDE = common.COUNTER_STRIDE.value
 FIRST_COUNTER = common.FIRST_COUNTER.value
@@ -50,6 +53,8 @@ class Layer(NamedTuple):
     iterations: int
     offset: int  # of u in the round's state
     row: int  # of the statistics
+    gain: torch.dtype | None  # of its gain or the gain's gradient; None: it has none
+    through: bool  # see srn_kernels.maths.bound
 
 
 @functools.cache
@@ -145,7 +150,7 @@ class Plan:
         for x, spec, cut in zip(layers, self.specs, self.schedule.layers, strict=True):
             y = spec.layout
             record = [0] * FIELDS
-            record[: common.STATS_ROW.value + 1] = (
+            record[: common.THROUGH.value + 1] = (
                 y.rows,
                 y.columns,
                 y.inner,
@@ -154,10 +159,12 @@ class Plan:
                 cut.slabs,
                 cut.column_width,
                 cut.column_tiles,
-                max(0, x.iterations),
+                x.iterations,
                 x.offset,
                 self.scratch_words,
                 x.row,
+                -1 if x.gain is None else GAINS.index(x.gain),
+                x.through,
             )
             records.extend(record)
             self.scratch_words += self._scratch_words(y, cut.slabs, x.iterations > 0)
@@ -217,6 +224,10 @@ def _launch(plan: Plan, values: list[int], round_state: Tensor, stats: Tensor) -
         plan.launch(tuple(values), round_state, stats)
 
 
+def _bits(values: Sequence[float]) -> array:
+    return array("q", array("d", values).tobytes())
+
+
 def normalize(
     weights: Sequence[Tensor],
     us: Sequence[Tensor],
@@ -229,15 +240,18 @@ def normalize(
     iterations: Sequence[int],
     dims: Sequence[int],
     eps: Sequence[float],
+    gains: Sequence[Tensor] = (),
+    gained: Sequence[int] = (),
+    sigma_max: Sequence[float] = (),
+    through: Sequence[bool] = (),
 ) -> None:
-    ranks, epsilons = (
-        array("q", array("d", target_ranks).tobytes()),
-        array("q", array("d", eps).tobytes()),
-    )
+    ranks, epsilons, bounds = (_bits(x) for x in (target_ranks, eps, sigma_max))
     layers, values = [], []
     for i, (w, u, v, out) in enumerate(zip(weights, us, vs, outs, strict=True)):
         at, out_at, v_at = w.data_ptr(), out.data_ptr(), v.data_ptr()
-        values += (at, out_at, u.data_ptr(), v_at, ranks[i], epsilons[i], 0, 0)
+        gain = gains[gained[i]] if gained and gained[i] >= 0 else None
+        values += (at, out_at, u.data_ptr(), v_at, ranks[i], epsilons[i])
+        values += (bounds[i] if bounds else 0, 0 if gain is None else gain.data_ptr())
         layers.append(
             Layer(
                 tuple(w.shape),
@@ -249,6 +263,8 @@ def normalize(
                 iterations[i],
                 offsets[i],
                 i,
+                None if gain is None else gain.dtype,
+                through[i] if through else True,
             )
         )
     plan = plan_for(tuple(layers), weights[0].device, False)
@@ -264,11 +280,14 @@ def normalize_backward(
     rows: Sequence[int],
     offsets: Sequence[int],
     dims: Sequence[int],
+    grad_gains: Sequence[Tensor] = (),
+    gained: Sequence[int] = (),
 ) -> None:
     layers, values = [], []
     for i, (g, w, out) in enumerate(zip(grads, weights, grad_weights, strict=True)):
         grad_at, at, out_at = g.data_ptr(), w.data_ptr(), out.data_ptr()
-        values += (grad_at, at, out_at, 0, 0, 0, 0, 0)
+        gain = grad_gains[gained[i]] if gained and gained[i] >= 0 else None
+        values += (grad_at, at, out_at, 0 if gain is None else gain.data_ptr(), 0, 0, 0, 0)
         aligned = (grad_at | at | out_at) % 16 == 0
         layers.append(
             Layer(
@@ -281,6 +300,8 @@ def normalize_backward(
                 1,
                 offsets[i],
                 rows[i],
+                None if gain is None else gain.dtype,
+                True,
             )
         )
     plan = plan_for(tuple(layers), weights[0].device, True)
