@@ -7,7 +7,8 @@ import copy
 import pytest
 import torch
 from models import Discriminator, images, state
-from peers import MODELS, SoftHook, add_hook, add_stable_rank_hook, pictures, trained
+from peer_hooks import SoftHook, add_hook, add_stable_rank_hook
+from peers import MODELS, pictures, trained
 from torch import nn
 from torch.nn.utils import parametrizations
 from torch.nn.utils import spectral_norm as legacy_spectral_norm

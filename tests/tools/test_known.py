@@ -9,19 +9,15 @@ import warnings
 import pytest
 import torch
 from models import Discriminator, images
-from peers import (
-    ClassConditional,
+from peer_hooks import (
     ConvolutionHook,
     DetachedHook,
-    Mimicry,
-    OwnConv,
     ScaledHook,
-    SelfAttention,
     SoftHook,
-    Wrapper,
     add_hook,
     add_stable_rank_hook,
 )
+from peers import ClassConditional, Mimicry, OwnConv, SelfAttention, Wrapper
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune, weight_norm
 from torch.nn.utils import spectral_norm as legacy_spectral_norm
