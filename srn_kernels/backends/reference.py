@@ -2,14 +2,14 @@
 
 ``normalize`` and ``normalize_backward`` are the backend's verbs, for the rule that kernels serve
 too; ``run`` and ``run_backward`` are the same for any rule, and ``add_exact_parts`` follows the
-backward of every backend.
+backward of every backend. Arguments are those of :mod:`srn_kernels.core.ops`, in its order.
 """
 
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,8 +19,6 @@ from srn_kernels.maths.rule import Rule
 from srn_kernels.maths.top_one import TOP_ONE
 
 DEVICES = None  # any
-
-
 STATE_DTYPES = frozenset({torch.float32, torch.float64})
 
 
@@ -42,33 +40,19 @@ def _vectors(
 
 
 @torch.no_grad()
-def run(
-    rule: Rule,
-    weights: Sequence[Tensor],
-    us: Sequence[Tensor],
-    vs: Sequence[Tensor],
-    outs: Sequence[Tensor],
-    round_state: Tensor,
-    stats: Tensor,
-    offsets: Sequence[int],
-    target_ranks: Sequence[float],
-    iterations: Sequence[int],
-    dims: Sequence[int],
-    eps: Sequence[float],
-) -> None:
+def run(rule: Rule, *arguments: Any) -> None:
     """The op ``normalize``."""
+    weights, us, vs, outs, round_state, stats, offsets, ranks, iterations, dims, eps = arguments
     pairs = list(_vectors(rule, round_state, weights, offsets, dims))
     for i, (weight, (u, v)) in enumerate(zip(weights, pairs, strict=True)):
         if iterations[i] < 0:
-            constants = (target_ranks[i], eps[i], dims[i])
+            constants = (ranks[i], eps[i], dims[i])
             outs[i].copy_(rule.repeat_layer(weight, u, v, stats[i], *constants))
             continue
-        constants = (target_ranks[i], iterations[i], eps[i], dims[i], outs[i].dtype)
+        constants = (ranks[i], iterations[i], eps[i], dims[i], outs[i].dtype)
         layer = rule.normalize_layer(weight, us[i], vs[i], *constants)
-        outs[i].copy_(layer.weight)
-        u.copy_(layer.u)
-        v.copy_(layer.v)
-        stats[i].copy_(layer.stats)
+        for out, made in zip((outs[i], u, v, stats[i]), layer, strict=True):
+            out.copy_(made)
     for i, pair in enumerate(pairs):  # at the end: a layer that fails leaves all as they were
         if iterations[i] > 0:
             for state, new in zip((us[i], vs[i]), pair, strict=True):
@@ -76,7 +60,22 @@ def run(
 
 
 @torch.no_grad()
-def run_backward(
+def run_backward(rule: Rule, *arguments: Any) -> None:
+    """The op ``normalize_backward``, u and v held constant."""
+    for out, layer in _backward_layers(rule, *arguments):
+        out.copy_(rule.layer_gradient(*layer))
+
+
+@torch.no_grad()
+def add_exact_parts(rule: Rule, *arguments: Any) -> None:
+    """Adds what ``gradient="exact"`` has beside the gradient of constant u and v."""
+    for out, layer in _backward_layers(rule, *arguments):
+        part = rule.layer_exact_part(*layer)
+        if part is not None:
+            out.add_(part)
+
+
+def _backward_layers(
     rule: Rule,
     grads: Sequence[Tensor],
     weights: Sequence[Tensor],
@@ -87,35 +86,13 @@ def run_backward(
     offsets: Sequence[int],
     dims: Sequence[int],
     target_ranks: Sequence[float] = (),
-) -> None:
-    """The op ``normalize_backward``, u and v held constant."""
+) -> Iterator[tuple[Tensor, tuple[Any, ...]]]:
+    """Where each layer's dL/dW goes, and what the rule's formulas take."""
     pairs = _vectors(rule, round_state, weights, offsets, dims)
-    ranks = target_ranks or itertools.repeat(0.0)  # which TOP_ONE takes from the statistics
-    layers = zip(grads, weights, pairs, rows, ranks, dims, strict=False)
-    for out, (grad, weight, (u, v), row, rank, dim) in zip(grad_weights, layers, strict=True):
-        out.copy_(rule.layer_gradient(grad, weight, u, v, stats[row], rank, dim))
-
-
-@torch.no_grad()
-def add_exact_parts(
-    rule: Rule,
-    grads: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    round_state: Tensor,
-    stats: Tensor,
-    grad_weights: Sequence[Tensor],
-    rows: Sequence[int],
-    offsets: Sequence[int],
-    dims: Sequence[int],
-    target_ranks: Sequence[float],
-) -> None:
-    """Adds what ``gradient="exact"`` has beside the gradient of constant u and v."""
-    pairs = _vectors(rule, round_state, weights, offsets, dims)
-    layers = zip(grads, weights, pairs, rows, target_ranks, dims, strict=True)
-    for out, (grad, weight, (u, v), row, rank, dim) in zip(grad_weights, layers, strict=True):
-        part = rule.layer_exact_part(grad, weight, u, v, stats[row], rank, dim)
-        if part is not None:
-            out.add_(part)
+    ranks = target_ranks or [0.0] * len(dims)  # TOP_ONE takes them from the statistics
+    layers = zip(grad_weights, grads, weights, pairs, rows, ranks, dims, strict=True)
+    for out, grad, weight, (u, v), row, rank, dim in layers:
+        yield out, (grad, weight, u, v, stats[row], rank, dim)
 
 
 normalize = functools.partial(run, TOP_ONE)

@@ -27,20 +27,9 @@ class _Bound(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        w_hat: Tensor,
-        weight: Tensor,
-        gain: Tensor | None,
-        u: Tensor,
-        v: Tensor,
-        stats: Tensor,
-        dim: int,
-        sigma_max: float | None,
-        grad_through_sigma: bool,
-        keep: bool,
-    ) -> Tensor:
-        tensors = (w_hat, weight, gain, u, v, stats)
-        return w_hat * _settled(tensors, sigma_max, grad_through_sigma)[0]
+    def forward(*inputs: Any) -> Tensor:
+        *tensors, _, sigma_max, grad_through_sigma, _ = inputs
+        return tensors[0] * _settled(tensors, sigma_max, grad_through_sigma)[0]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -19,7 +19,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,8 @@ from srn_kernels.maths.matrix import matrix, state_dtype
 from srn_kernels.model.freshness import State
 from srn_kernels.model.settings import Settings
 from srn_kernels.model.weight import FORM, NormalizedWeight
+
+Keys = dict[str, Any]  # a state dict
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class Written(NamedTuple):
 class Format(NamedTuple):
     """``read`` renames keys at a prefix to ours; ``write`` gives the keys of a parameter."""
 
-    read: Callable[[State, str, str, NormalizedWeight], None]
+    read: Callable[[Keys, str, str, NormalizedWeight], None]
     write: Callable[[Written, Origin], dict[str, Tensor]]
 
 
@@ -76,12 +78,12 @@ def next_pair(weight: Tensor, dim: int, u: Tensor, iterations: int = 1) -> tuple
     return u, v
 
 
-def _move(state: State, old: str, new: str) -> None:
+def _move(state: Keys, old: str, new: str) -> None:
     if old in state:
         state[new] = state.pop(old)
 
 
-def _read_u(state: State, key: str, u: Tensor | None, entry: NormalizedWeight) -> None:
+def _read_u(state: Keys, key: str, u: Tensor | None, entry: NormalizedWeight) -> None:
     """The pair that code which keeps u alone would use next."""
     if u is None or key not in state or state[key].is_meta or state[key].dim() < 2:
         return
@@ -99,7 +101,7 @@ def _read_u(state: State, key: str, u: Tensor | None, entry: NormalizedWeight) -
 # --- torch's legacy hook and its copies ----------------------------------------------------------
 
 
-def _read_hook(state: State, prefix: str, name: str, entry: NormalizedWeight) -> None:
+def _read_hook(state: Keys, prefix: str, name: str, entry: NormalizedWeight) -> None:
     key = prefix + name
     if key + "_orig" not in state:
         return
@@ -151,7 +153,7 @@ def _write_hook(layer: Written, origin: Origin) -> dict[str, Tensor]:
 # --- torch's parametrization ---------------------------------------------------------------------
 
 
-def _read_parametrization(state: State, prefix: str, name: str, entry: NormalizedWeight) -> None:
+def _read_parametrization(state: Keys, prefix: str, name: str, entry: NormalizedWeight) -> None:
     container = f"{prefix}parametrizations.{name}."
     if container + "original" in state:
         _move(state, container + "original", prefix + name)
@@ -176,8 +178,8 @@ CLASS_BUFFERS = {
 }
 
 
-def _read_class(kind: str, first: str) -> Callable[[State, str, str, NormalizedWeight], None]:
-    def read(state: State, prefix: str, name: str, entry: NormalizedWeight) -> None:
+def _read_class(kind: str, first: str) -> Callable[[Keys, str, str, NormalizedWeight], None]:
+    def read(state: Keys, prefix: str, name: str, entry: NormalizedWeight) -> None:
         if name != "weight" or prefix + first not in state:
             return
         module = entry.sites[0][0]
@@ -191,7 +193,7 @@ def _read_class(kind: str, first: str) -> Callable[[State, str, str, NormalizedW
     return read
 
 
-def _read_wrapper(state: State, prefix: str, name: str, entry: NormalizedWeight) -> None:
+def _read_wrapper(state: Keys, prefix: str, name: str, entry: NormalizedWeight) -> None:
     inner = prefix + "module."
     if inner + name + "_bar" in state:
         for old in [k for k in state if k.startswith(inner)]:
@@ -295,7 +297,7 @@ FORMATS = {
 }
 
 
-def adopt(state: State, prefix: str, name: str, entry: NormalizedWeight) -> None:
+def adopt(state: Keys, prefix: str, name: str, entry: NormalizedWeight) -> None:
     """Renames one parameter's keys to ours, and marks u, v that the checkpoint does not hold."""
     key = prefix + name
     for form in FORMATS.values():

@@ -41,7 +41,7 @@ BAD_CALLS = {
         "n_power_iterations",
     ),
     "eps": (lambda m: srn.spectral_norm(m.conv, eps=-1.0), ValueError, "eps.*-1"),
-    "dim": (lambda m: srn.stable_rank_norm(m.conv, dim=4), ValueError, "dim 4"),
+    "dim": (lambda m: srn.stable_rank_norm(m.conv, dim=4), ValueError, "weight: dim = 4"),
     "name": (
         lambda m: srn.stable_rank_norm(m.conv, "wieght"),
         ValueError,
