@@ -54,20 +54,21 @@ class UNetDiscriminator(nn.Module):
 class OwnNorm:
     """Keeps u alone; every use of the weight iterates, and training keeps the result."""
 
-    def keep(self, outputs: int, eps: float, count: int = 1) -> None:
-        self.num_itrs, self.num_svs, self.transpose, self.eps = 1, count, False, eps
+    def keep(self, size: int, eps: float, count: int = 1, transpose: bool = False) -> None:
+        self.num_itrs, self.num_svs, self.transpose, self.eps = 1, count, transpose, eps
         for i in range(count):
-            self.register_buffer(f"u{i}", torch.randn(1, outputs))
+            self.register_buffer(f"u{i}", torch.randn(1, size))
             self.register_buffer(f"sv{i}", torch.ones(1))
 
     def W_(self) -> Tensor:
         w = self.weight.flatten(1)
+        w, u = (w.T if self.transpose else w), self.u0
         for _ in range(self.num_itrs):
             with torch.no_grad():
-                v = F.normalize(self.u0 @ w, eps=self.eps)
+                v = F.normalize(u @ w, eps=self.eps)
                 u = F.normalize(v @ w.T, eps=self.eps)
-                if self.training:
-                    self.u0.copy_(u)
+        if self.training:
+            self.u0.copy_(u)
         sigma = (v @ w.T @ u.T).squeeze()
         if self.training:
             self.sv0.copy_(sigma.detach())
@@ -84,9 +85,9 @@ class OwnConv(nn.Conv2d, OwnNorm):
 
 
 class OwnLinear(nn.Linear, OwnNorm):
-    def __init__(self, *arguments, eps: float = 1e-6, **keywords) -> None:
+    def __init__(self, *arguments, eps: float = 1e-6, transpose: bool = False, **keywords) -> None:
         nn.Linear.__init__(self, *arguments, **keywords)
-        self.keep(self.out_features, eps, count=2)
+        self.keep(self.in_features if transpose else self.out_features, eps, 2, transpose)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.W_(), self.bias)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from models import Discriminator, images, state
 from peer_hooks import SoftHook, add_hook, add_stable_rank_hook
-from peers import MODELS, pictures, trained
+from peers import MODELS, OwnLinear, Wrapper, pictures, trained
 from torch import nn
 from torch.nn.utils import parametrizations
 from torch.nn.utils import spectral_norm as legacy_spectral_norm
@@ -62,6 +62,49 @@ def test_converted_models_go_back_to_the_code_they_came_from(name: str) -> None:
         theirs.load_state_dict(srn.to_torch_state_dict(ours, "original"))
         # float32 roundings of sigma and a division a layer, through at most eight layers
         torch.testing.assert_close(theirs.eval()(x), expected, rtol=3e-5, atol=3e-5)
+
+
+@pytest.mark.parametrize("transpose", [False, True], ids=["rows", "columns"])
+@pytest.mark.parametrize("iterations", [1, 3])
+def test_a_layer_class_whose_u_is_of_either_side(transpose: bool, iterations: int) -> None:
+    def make() -> nn.Module:
+        layer = OwnLinear(7, 5, transpose=transpose)
+        layer.num_itrs = iterations
+        return nn.Sequential(layer)
+
+    theirs, x = make(), torch.randn(6, 7)
+    theirs(x)  # far from converged: every step counts
+    checkpoint = copy.deepcopy(theirs.state_dict())
+    expected = theirs.eval()(x)
+    model = srn.convert_spectral_norm(theirs).eval()
+    fresh = srn.convert_spectral_norm(make()).eval()
+    fresh.load_state_dict(checkpoint)
+    for ours in (model, fresh):
+        torch.testing.assert_close(ours(x), expected, rtol=2e-6, atol=2e-6)
+    expected = stepped(model.train(), x).eval()(x)
+    found = srn.to_torch_state_dict(model, "original")
+    back = make().eval()
+    back.load_state_dict(found)
+    torch.testing.assert_close(back(x), expected, rtol=1e-5, atol=1e-5)
+    # what that code only looks at: sigma, and further singular vectors
+    w = model[0].weight.detach()
+    w = w.T if transpose else w
+    torch.testing.assert_close(found["0.sv0"], found["0.sv0"].new_tensor([sigma_of(model)]))
+    assert float((found["0.u0"] * found["0.u1"]).sum()) == pytest.approx(0, abs=1e-6)
+    torch.testing.assert_close(found["0.sv1"], (found["0.u1"] @ w).norm().reshape(1))
+
+
+def sigma_of(model: nn.Module) -> float:
+    return srn.report(model)[0].sigma
+
+
+def test_what_torchs_hook_logs_and_a_wrapper_keeps_is_written() -> None:
+    hooked = srn.convert_spectral_norm(nn.Sequential(add_hook(nn.Linear(8, 6), SoftHook, 0.7)))
+    found = srn.to_torch_state_dict(hooked, "original")
+    assert float(found["0.weight_sigma"]) == pytest.approx(sigma_of(hooked), rel=1e-6)
+    wrapped = srn.convert_spectral_norm(nn.Sequential(Wrapper(nn.Linear(8, 6))))
+    found = srn.to_torch_state_dict(wrapped, "original")
+    torch.testing.assert_close(found["0.module.weight_v"], wrapped[0].weight_v)
 
 
 def test_the_stable_rank_hook_and_the_soft_bound_at_their_own_settings() -> None:
