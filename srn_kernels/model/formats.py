@@ -64,6 +64,7 @@ class Format(NamedTuple):
 
     read: Callable[[Keys, str, str, NormalizedWeight], None]
     write: Callable[[Written, Origin], dict[str, Tensor]]
+    general: bool = False  # whether it needs no Origin: any layer of spectral norm can be written
 
 
 def next_pair(weight: Tensor, dim: int, u: Tensor, iterations: int = 1) -> tuple[Tensor, Tensor]:
@@ -289,8 +290,8 @@ FORMATS = {
     "wrapper": Format(_read_wrapper, _write_wrapper),
     "BigGAN": Format(_read_class("BigGAN", "u0"), _write_class),
     "mimicry": Format(_read_class("mimicry", "sn_u"), _write_class),
-    "legacy": Format(_read_hook, _write_hook),
-    "parametrization": Format(_read_parametrization, _write_parametrization),
+    "legacy": Format(_read_hook, _write_hook, general=True),
+    "parametrization": Format(_read_parametrization, _write_parametrization, general=True),
 }
 
 

@@ -15,7 +15,7 @@ from srn_kernels.model.rounds import settled
 from srn_kernels.model.weight import KEY, NormalizedWeight
 from srn_kernels.model.wrap import all_entries
 
-FORMS = ("legacy", "parametrization", "original")
+FORMS = (*(name for name, form in FORMATS.items() if form.general), "original")
 
 
 def to_torch_state_dict(model: nn.Module, form: str = "legacy") -> dict[str, Any]:
@@ -90,7 +90,7 @@ def _origin(module: nn.Module, name: str, entry: NormalizedWeight, form: str) ->
                 f"{label}: was not taken over by convert_spectral_norm, so that it has no original "
                 "form; use form='legacy' or 'parametrization'"
             )
-        for key in ("rank_ratio", "stable_rank", "sigma_max", "dim"):
+        for key in ("rank_ratio", "stable_rank", "sigma_max"):
             now, then = getattr(settings, key), getattr(origin.settings, key)
             if now != then:
                 raise ValueError(

@@ -34,7 +34,7 @@ def iterations_of(item: Found) -> int:
         return getattr(item.module, class_form(item.module).iterations, 1)
     if item.form == "wrapper":
         return getattr(item.holder, "power_iterations", 1)
-    return item.holder.n_power_iterations
+    return getattr(item.holder, "n_power_iterations", 1)  # torch's of a vector has none
 
 
 def own_settings(item: Found, weight: Tensor) -> Settings:
@@ -251,9 +251,9 @@ def _strip_parametrization(module: nn.Module, name: str) -> None:
 
 
 def vector_pair(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """u, v of a vector, exactly: 1 and w / |w|."""
+    """u, v of a vector, exactly: 1 and w / |w|; of zero, any direction."""
     w = weight.detach().double()
-    return weight.new_ones(1), w / torch.linalg.vector_norm(w).clamp_min(1e-30)
+    return weight.new_ones(1), nn.functional.normalize(w if w.any() else torch.ones_like(w), dim=0)
 
 
 def as_state(pair: tuple[Tensor, Tensor], weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -81,6 +81,34 @@ def test_a_legacy_u_of_another_layer_is_torchs_own_error() -> None:
         layer.load_state_dict({"weight_orig": torch.randn(4, 5), "weight_u": torch.randn(3)})
 
 
+@pytest.mark.parametrize("given", [(), ("weight_u",)])
+def test_a_plain_checkpoint_converges_after_training_too(given: tuple[str, ...]) -> None:
+    layer = srn.spectral_norm(nn.Linear(5, 4, bias=False), init_iterations=1000)
+    layer(torch.ones(1, 5))
+    other = nn.functional.normalize(torch.randn(4), dim=0)
+    layer.load_state_dict({"weight": torch.randn(4, 5), **dict.fromkeys(given, other)})
+    assert sigma_max(layer) == pytest.approx(1, abs=1e-5)
+
+
+def test_a_plain_checkpoint_gives_a_new_layer_the_bits_of_wrapping_it() -> None:
+    wrapped, loaded = nn.Linear(5, 4), srn.spectral_norm(nn.Linear(5, 4))
+    checkpoint = {k: t.clone() for k, t in wrapped.state_dict().items()}
+    srn.spectral_norm(wrapped)
+    loaded.load_state_dict(checkpoint)
+    assert torch.equal(loaded.weight_u, wrapped.weight_u)
+    assert torch.equal(loaded.weight_v, wrapped.weight_v)
+
+
+def test_a_single_pair_starts_a_block_if_it_fits() -> None:
+    for rows, bits in ((4, True), (3, False)):
+        layer = srn.spectral_norm(nn.Linear(5, 4, bias=False), preserve=2, init_iterations=0)
+        u, v = unit(rows).float(), unit(5).float()
+        layer.load_state_dict({"weight": torch.randn(4, 5), "weight_u": u, "weight_v": v})
+        assert (layer.weight_u.shape, layer.weight_v.shape) == ((4, 2), (5, 2))
+        assert torch.equal(layer.weight_v[:, 0], v)
+        assert (rows == 4 and torch.equal(layer.weight_u[:, 0], u)) is bits
+
+
 @pytest.mark.parametrize("suffix", ["_orig", "_bar"])
 def test_a_vector_converges_anew(suffix: str) -> None:
     layer = srn.spectral_norm(nn.Linear(5, 4), "bias")

@@ -144,6 +144,19 @@ def test_copies_keep_the_form_and_removal_forgets_it() -> None:
         srn.to_torch_state_dict(model, "original")
 
 
+@pytest.mark.parametrize("form", WRAPS)
+def test_a_replaced_weight_is_written_with_u_and_v_of_its_own(form: str) -> None:
+    layer = srn.spectral_norm(nn.Linear(7, 5), init_iterations=1000)
+    layer(torch.ones(1, 7))
+    layer.weight = nn.Parameter(torch.randn(5, 7))
+    found = srn.to_torch_state_dict(layer, form)
+    assert not any(t.requires_grad for t in found.values())
+    theirs = WRAPS[form](nn.Linear(7, 5)).eval()
+    theirs.load_state_dict(found)
+    theirs(torch.ones(1, 7))
+    assert torch.linalg.matrix_norm(theirs.weight.detach(), 2) == pytest.approx(1, abs=1e-5)
+
+
 def test_vectors_and_what_no_form_can_say() -> None:
     layer = srn.spectral_norm(nn.Linear(3, 4), "bias")
     theirs = parametrizations.spectral_norm(nn.Linear(3, 4), "bias")
@@ -158,6 +171,19 @@ def test_vectors_and_what_no_form_can_say() -> None:
         srn.to_torch_state_dict(zero)
     gained = srn.spectral_norm(nn.Linear(3, 4), gain=True)
     with pytest.raises(ValueError, match=r"weight: .*no gain"):
+        srn.to_torch_state_dict(gained)
+    bounded = srn.spectral_norm(nn.Linear(3, 4), sigma_max=2.0)
+    for form in WRAPS:
+        with pytest.raises(ValueError, match=r"weight: .*no sigma_max=2\.0"):
+            srn.to_torch_state_dict(bounded, form)
+    with torch.device("meta"):
+        unmade = srn.spectral_norm(nn.Linear(3, 4))
+    with pytest.raises(ValueError, match=r"weight: .*meta device"):
+        srn.to_torch_state_dict(unmade)
+    with (
+        srn.shared_round(gained),
+        pytest.raises(RuntimeError, match=r"to_torch_state_dict cannot be called inside"),
+    ):
         srn.to_torch_state_dict(gained)
     with pytest.raises(ValueError, match="form must be one of"):
         srn.to_torch_state_dict(gained, "torch")
