@@ -75,21 +75,11 @@ def add_exact_parts(rule: Rule, *arguments: Any) -> None:
             out.add_(part)
 
 
-def _backward_layers(
-    rule: Rule,
-    grads: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    round_state: Tensor,
-    stats: Tensor,
-    grad_weights: Sequence[Tensor],
-    rows: Sequence[int],
-    offsets: Sequence[int],
-    dims: Sequence[int],
-    target_ranks: Sequence[float] = (),
-) -> Iterator[tuple[Tensor, tuple[Any, ...]]]:
+def _backward_layers(rule: Rule, *arguments: Any) -> Iterator[tuple[Tensor, tuple[Any, ...]]]:
     """Where each layer's dL/dW goes, and what the rule's formulas take."""
+    grads, weights, round_state, stats, grad_weights, rows, offsets, dims, *ranks = arguments
     pairs = _vectors(rule, round_state, weights, offsets, dims)
-    ranks = target_ranks or [0.0] * len(dims)  # TOP_ONE takes them from the statistics
+    ranks = ranks[0] if ranks else [0.0] * len(dims)  # TOP_ONE takes them from the statistics
     layers = zip(grad_weights, grads, weights, pairs, rows, ranks, dims, strict=True)
     for out, grad, weight, (u, v), row, rank, dim in layers:
         yield out, (grad, weight, u, v, stats[row], rank, dim)

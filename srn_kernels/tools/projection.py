@@ -119,6 +119,7 @@ class Projection:
         self._handle.remove()
 
 
+# Chooses layers in the words of apply_stable_rank_norm, each written out for its reader.
 @takes_options(without=_MEANINGLESS)
 def project_after_step(
     optimizer: Optimizer,

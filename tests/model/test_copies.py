@@ -41,6 +41,16 @@ def test_tied_weights_share_everything() -> None:
     assert twin.a.weight_u is not model.a.weight_u
 
 
+def test_tied_weights_share_u_and_v_after_a_checkpoint_brought_each_its_own() -> None:
+    model = nn.Sequential(nn.Linear(6, 6, bias=False), nn.Linear(6, 6, bias=False))
+    model[1].weight = model[0].weight
+    srn.apply_stable_rank_norm(model, 0.5)
+    checkpoint = {k: t.clone() for k, t in model.state_dict().items()}
+    model.load_state_dict(checkpoint, assign=True)
+    assert model[0].weight_u is model[1].weight_u
+    assert model[0].weight_v is model[1].weight_v
+
+
 def test_deepcopy_keeps_its_own_layers() -> None:
     model, x = wrapped(), images()
     model(x).sum().backward()

@@ -145,3 +145,9 @@ def test_a_buffer_of_the_users_own_is_loaded() -> None:
     given = {"weight_orig": torch.randn(4, 5), "weight_sigma": torch.full((1,), 3.0)}
     layer.load_state_dict(given)
     assert layer.weight_sigma == 3
+
+
+def test_a_layer_of_several_weights_loads_once() -> None:
+    layer = srn.apply_stable_rank_norm(nn.LSTM(3, 4), layer_types=[nn.LSTM])
+    assert len(layer._load_state_dict_post_hooks) == 1
+    assert len(layer._load_state_dict_pre_hooks) == 1

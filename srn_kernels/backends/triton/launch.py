@@ -238,19 +238,8 @@ def normalize(
     for i, (w, u, v, out) in enumerate(zip(weights, us, vs, outs, strict=True)):
         at, out_at, v_at = w.data_ptr(), out.data_ptr(), v.data_ptr()
         values += (at, out_at, u.data_ptr(), v_at, ranks[i], epsilons[i], 0, 0)
-        layers.append(
-            Layer(
-                tuple(w.shape),
-                w.stride(),
-                dims[i],
-                w.dtype,
-                out.dtype,
-                (at | out_at | v_at) % 16 == 0,
-                iterations[i],
-                offsets[i],
-                i,
-            )
-        )
+        layout, aligned = (tuple(w.shape), w.stride(), dims[i]), (at | out_at | v_at) % 16 == 0
+        layers.append(Layer(*layout, w.dtype, out.dtype, aligned, iterations[i], offsets[i], i))
     plan = plan_for(tuple(layers), weights[0].device, False)
     _launch(plan, values, round_state, stats)
 
@@ -270,18 +259,7 @@ def normalize_backward(
         grad_at, at, out_at = g.data_ptr(), w.data_ptr(), out.data_ptr()
         values += (grad_at, at, out_at, 0, 0, 0, 0, 0)
         aligned = (grad_at | at | out_at) % 16 == 0
-        layers.append(
-            Layer(
-                tuple(w.shape),
-                w.stride(),
-                dims[i],
-                w.dtype,
-                g.dtype,
-                aligned,
-                1,
-                offsets[i],
-                rows[i],
-            )
-        )
+        layout = tuple(w.shape), w.stride(), dims[i]
+        layers.append(Layer(*layout, w.dtype, g.dtype, aligned, 1, offsets[i], rows[i]))
     plan = plan_for(tuple(layers), weights[0].device, True)
     _launch(plan, values, round_state, stats)
