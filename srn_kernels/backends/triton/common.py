@@ -6,7 +6,7 @@ rows, so that s = W v and W^T s come from one read. A variant, a tuple of consta
 blocks of one shape and one set of dtypes; a launch compiles the variants that its layers need.
 
 Every tile's function names its variant's constants first, because a constexpr is bound where it is
-used; and both kernels take their tiles in the same lines, which bind what the rest of the loop uses.
+used; both kernels take their tiles in the same lines, which bind what the rest of the loop uses.
 """
 
 from __future__ import annotations
