@@ -26,12 +26,13 @@ TEST_ARGS ?=
 GPU_CHECK_ARGS ?=
 
 # Tests of the Triton kernels in Triton's interpreter; their own file skips without it or a GPU.
-INTERPRETED := tests/backends/test_triton_kernels.py tests/benchmarks/test_traffic.py tests/core/test_functional.py \
+INTERPRETED := tests/backends/test_triton_kernels.py tests/backends/test_gpu_kernels.py \
+	tests/benchmarks/test_traffic.py tests/core/test_functional.py \
 	-k "triton and not any_scale and not any_layer"
 
 # Tests of the CUDA kernels, compiled for the CPU against csrc/cuda/shim.
-EMULATED := tests/backends/test_cuda_kernels.py tests/backends/test_cuda_plan.py \
-	tests/backends/test_cuda_host.py tests/core/test_functional.py \
+EMULATED := tests/backends/test_cuda_kernels.py tests/backends/test_gpu_kernels.py \
+	tests/backends/test_cuda_plan.py tests/backends/test_cuda_host.py tests/core/test_functional.py \
 	-k "cuda and not any_scale and not any_layer"
 
 VENV := .venv

@@ -33,6 +33,9 @@ def _calls(weights: Sequence[Tensor], backend: str) -> list[tuple[list[int], str
     ]
 
 
+# Each public signature is written out: people read it, and editors complete it.
+
+
 def stable_rank_normalize(
     weights: Sequence[Tensor],
     us: Sequence[Tensor],

@@ -2,8 +2,8 @@
 
 ``method="power"`` needs products with W and factorisations of thin blocks, on W's device;
 ``method="svd"`` decomposes W and is what the former is tested against. Both are differentiable,
-once, in the same way: :mod:`srn_kernels.turning`. The arithmetic is that of W's dtype, float32 for
-half and bfloat16.
+once, in the same way: :mod:`srn_kernels.maths.turning`. The arithmetic is that of W's dtype,
+float32 for half and bfloat16.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from srn_kernels.core.arguments import check_count, check_number
 from srn_kernels.maths.turning import top_part_gradient, turning
 
 # The block carries some more vectors than asked for: convergence goes by the gap behind them.
@@ -73,20 +74,6 @@ def _scaled(W: Any) -> tuple[Tensor, Tensor]:
 def _check_method(method: str) -> None:
     if method not in ("power", "svd"):
         raise ValueError(f"method must be 'power' or 'svd', got {method!r}")
-
-
-def _number(value: Any, argument: str) -> float:
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise TypeError(f"{argument} must be a number, got {value!r}")
-    return float(value)
-
-
-def _integer(value: Any, argument: str, smallest: int) -> int:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{argument} must be an int, got {value!r}")
-    if value < smallest:
-        raise ValueError(f"{argument} must be at least {smallest}, got {value}")
-    return value
 
 
 def stable_rank(W: Tensor) -> Tensor:
@@ -230,9 +217,9 @@ def top_singular(W: Tensor, k: int, *, iterations: int = 1000, tol: float = 1e-6
 
     Raises TypeError or ValueError for a wrong W, k (1 to min(rows, columns)), iterations or tol.
     """
-    _integer(k, "k", 1)
-    _integer(iterations, "iterations", 1)
-    if not 0 <= _number(tol, "tol") < math.inf:
+    check_count(k, "k", 1)
+    check_count(iterations, "iterations", 1)
+    if not 0 <= check_number(tol, "tol") < math.inf:
         raise ValueError(f"tol must be finite and not negative, got {tol}")
     w, scale = _scaled(W)
     if k > min(w.shape[-2:]):
@@ -302,8 +289,8 @@ def nearest_with_stable_rank(
         TypeError, ValueError: a wrong W (also one that is not finite), r, k or method.
     """
     _check_method(method)
-    _integer(k, "k", 0)
-    if not _number(r, "r") >= 1:
+    check_count(k, "k", 0)
+    if not check_number(r, "r") >= 1:
         raise ValueError(f"r must be at least 1, got {r}")
     w, scale = _scaled(W)
     batch, smaller = w.shape[:-2], min(w.shape[-2:])
@@ -369,7 +356,7 @@ def spectral_clip(W: Tensor, s: float, *, method: str = "power") -> Tensor:
     Raises TypeError or ValueError for a wrong W (also one that is not finite), s or method.
     """
     _check_method(method)
-    if not _number(s, "s") > 0:
+    if not check_number(s, "s") > 0:
         raise ValueError(f"s must be positive, got {s}")
     w, scale = _scaled(W)
     if w.numel() == 0:

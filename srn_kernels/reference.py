@@ -15,6 +15,8 @@ from torch import Tensor
 from srn_kernels.core.arguments import Request
 from srn_kernels.maths.top_one import TOP_ONE
 
+# Signatures are written out, as in functional.py: people read them, and editors complete them.
+
 
 def stable_rank_normalize(
     weights: Sequence[Tensor],

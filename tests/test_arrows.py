@@ -13,9 +13,9 @@ ROOT = Path(srn_kernels.__file__).parent
 # Each may import those before it, and a folder itself.
 FLOORS = (
     {"maths"},
-    {"backends", "linalg"},
+    {"backends"},
     {"core"},
-    {"model", "functional", "reference"},
+    {"model", "functional", "linalg", "reference"},
     {"tools"},
     {"moved"},
     {"srn_kernels"},

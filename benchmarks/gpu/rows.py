@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 import subprocess
 from dataclasses import dataclass, replace
 
@@ -13,37 +12,19 @@ from benchmarks.measure.suite import Key
 from benchmarks.measure.timing import Spread
 
 
-@dataclass(frozen=True)
-class Row:
-    """One number; the metric's name ends with its unit."""
+@dataclass(frozen=True, kw_only=True)
+class Row(store.Measured):
+    """A measurement on a GPU."""
 
-    commit: str
-    dirty: bool
-    date: str
-    srn_kernels: str
-    torch: str
     triton: str
-    python: str
     device: str
     processors: int
     l2_mb: float
     driver: str
-    workload: str = ""
-    provider: str = ""
-    rank_ratio: float | None = None
-    mode: str = ""
-    metric: str = ""
-    p20: float = 0.0
-    p50: float = 0.0
-    p80: float = 0.0
-    repeats: int = 0
-    bytes: int = 0
     kind: str = "gpu"
 
     def of(self, key: Key) -> Row:
         return replace(self, provider=key[0], rank_ratio=key[1])
-
-    with_result = store.Row.with_result
 
     def with_count(self, metric: str, n: int) -> Row:
         return self.with_result(metric, Spread(n, n, n, 1))
@@ -75,15 +56,15 @@ def environment(device: torch.device, commit: str | None = None) -> Row:
         name, processors, l2_bytes = p.name, p.multi_processor_count, p.L2_cache_size
         driver = _driver()
     return Row(
-        commit or here.commit,
-        here.dirty,
-        here.date,
-        here.srn_kernels,
-        torch.__version__,
-        _triton_version(),
-        platform.python_version(),
-        name,
-        processors,
-        l2_bytes / 2**20,
-        driver,
+        commit=commit or here.commit,
+        dirty=here.dirty,
+        date=here.date,
+        srn_kernels=here.srn_kernels,
+        torch=here.torch,
+        python=here.python,
+        triton=_triton_version(),
+        device=name,
+        processors=processors,
+        l2_mb=l2_bytes / 2**20,
+        driver=driver,
     )

@@ -10,6 +10,7 @@ import subprocess
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -17,6 +18,9 @@ import srn_kernels
 from benchmarks.cases.workloads import CORE
 from benchmarks.measure.timing import Spread
 from srn_kernels.backends import cpu
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 HOME = Path(__file__).parents[1]
 ROOT = HOME.parent
@@ -26,9 +30,9 @@ ROUNDS, CURVES = "cpu.jsonl", "cpu_growth.jsonl"  # rounds and steps; growth.py'
 SOURCES = ("srn_kernels", "csrc", "setup.py", "benchmarks", ":!benchmarks/results")
 
 
-@dataclass(frozen=True)
-class Row:
-    """One metric of one provider; the metric's name ends with its unit."""
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """One metric of one provider, on any machine; the metric's name ends with its unit."""
 
     commit: str
     dirty: bool
@@ -36,11 +40,6 @@ class Row:
     srn_kernels: str
     torch: str
     python: str
-    cpu: str
-    cores: int
-    threads: int
-    instruction_set: str
-    load: float
     workload: str = ""
     provider: str = ""
     rank_ratio: float | None = None
@@ -51,6 +50,21 @@ class Row:
     p80: float = 0.0
     repeats: int = 0
     bytes: int = 0
+
+    def with_result(self, metric: str, result: Spread, scale: float = 1.0) -> Self:
+        p20, p50, p80 = (float(f"{scale * x:.6g}") for x in result[:3])
+        return replace(self, metric=metric, p20=p20, p50=p50, p80=p80, repeats=result.repeats)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row(Measured):
+    """A measurement on a CPU."""
+
+    cpu: str
+    cores: int
+    threads: int
+    instruction_set: str
+    load: float
     n_power_iterations: int = 1
 
     @property
@@ -65,11 +79,6 @@ class Row:
     @property
     def subject(self) -> tuple[tuple[str, str, int], str, float | None, str]:
         return self.place, self.provider, self.rank_ratio, self.metric
-
-    def with_result(self, metric: str, result: Spread, scale: float = 1.0) -> Row:
-        values = (float(f"{scale * x:.6g}") for x in result[:3])
-        p20, p50, p80 = values
-        return replace(self, metric=metric, p20=p20, p50=p50, p80=p80, repeats=result.repeats)
 
 
 def _git(*arguments: str) -> str | None:

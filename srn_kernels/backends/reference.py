@@ -2,7 +2,7 @@
 
 ``normalize`` and ``normalize_backward`` are the backend's verbs, for the rule that kernels serve
 too; ``run`` and ``run_backward`` are the same for any rule, and ``add_exact_parts`` follows the
-backward of every backend.
+backward of every backend. Arguments are those of :mod:`srn_kernels.core.ops`, in its order.
 """
 
 from __future__ import annotations
@@ -20,8 +20,6 @@ from srn_kernels.maths.scalars import Stats
 from srn_kernels.maths.top_one import TOP_ONE
 
 DEVICES = None  # any
-
-
 STATE_DTYPES = frozenset({torch.float32, torch.float64})
 
 

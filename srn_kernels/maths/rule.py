@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -120,32 +121,20 @@ class Rule:
         w = matrix(weight, dim).to(u.dtype)
         return from_matrix(self.repeat(w, u, v, stats, target_rank, eps), weight, dim)
 
-    def layer_gradient(
-        self,
-        grad: Tensor,
-        weight: Tensor,
-        u: Tensor,
-        v: Tensor,
-        stats: Tensor,
-        target_rank: float,
-        dim: int,
-    ) -> Tensor:
-        """:meth:`gradient` in the weight's shape and dtype."""
-        g, w = (matrix(x, dim).to(u.dtype) for x in (grad, weight))
-        result = self.gradient(g, w, u, v, stats, target_rank)
-        return from_matrix(result, weight, dim).to(weight.dtype)
+    def layer_gradient(self, *layer: Any) -> Tensor:
+        """:meth:`gradient` in the weight's shape and dtype, of (grad, weight, u, v, stats,
+        target_rank, dim)."""
+        return _of_layer(self.gradient, *layer).to(layer[1].dtype)
 
-    def layer_exact_part(
-        self,
-        grad: Tensor,
-        weight: Tensor,
-        u: Tensor,
-        v: Tensor,
-        stats: Tensor,
-        target_rank: float,
-        dim: int,
-    ) -> Tensor | None:
-        """:meth:`exact_part` in the weight's shape and the arithmetic's dtype."""
-        g, w = (matrix(x, dim).to(u.dtype) for x in (grad, weight))
-        part = self.exact_part(g, w, u, v, stats, target_rank)
-        return None if part is None else from_matrix(part, weight, dim)
+    def layer_exact_part(self, *layer: Any) -> Tensor | None:
+        """:meth:`exact_part` of the same, in the weight's shape and the arithmetic's dtype."""
+        return _of_layer(self.exact_part, *layer)
+
+
+def _of_layer(
+    formula: Callable[..., Tensor | None], grad: Tensor, weight: Tensor, u: Tensor, *known: Any
+) -> Tensor | None:
+    *known, dim = known
+    g, w = (matrix(x, dim).to(u.dtype) for x in (grad, weight))
+    result = formula(g, w, u, *known)
+    return None if result is None else from_matrix(result, weight, dim)

@@ -19,8 +19,6 @@ from torch.autograd.function import once_differentiable
 
 # Conjugate gradients end here at the latest; convergence takes about sqrt(1 / gap) steps.
 ITERATIONS = 500
-
-
 # How often the host looks whether all systems are solved.
 _LOOK_EVERY = 8
 

@@ -57,9 +57,6 @@ class TorchHook(OwnHook):
     """A layer's forward pre-hook. torch.nn.utils.remove_spectral_norm finds it, and so does
     torch.nn.utils.spectral_norm, which then refuses to normalise the parameter once more."""
 
-    def __init__(self, name: str) -> None:
-        super().__init__(name)
-
     def __call__(self, module: nn.Module, inputs: Any) -> None:
         root.enter_layer(module, inputs)
 
@@ -140,14 +137,12 @@ def bake(
             raise RuntimeError(f"{entry.label!r} is an inference tensor and cannot be written")
     outs = current_weights(entries)
     for entry, out in zip(entries, outs, strict=True):
+        raw = entry.weight
+        if not untie:
+            raw.copy_(out)
+        root.release(entry)
+        detach(entry, keep)
         if untie:
-            raw = entry.weight
-            root.release(entry)
-            detach(entry, keep)
             own = nn.Parameter(out.to(raw.dtype), requires_grad=raw.requires_grad)
             for module, name in entry.sites:
                 setattr(module, name, own)  # recurrent layers list theirs again
-            continue
-        entry.weight.copy_(out)
-        root.release(entry)
-        detach(entry, keep)

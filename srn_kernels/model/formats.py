@@ -19,7 +19,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,8 @@ from srn_kernels.maths.matrix import matrix, state_dtype
 from srn_kernels.model.freshness import State
 from srn_kernels.model.settings import Settings
 from srn_kernels.model.weight import FORM, NormalizedWeight
+
+Keys = dict[str, Any]  # a state dict
 
 
 @dataclass(frozen=True)
@@ -60,8 +62,9 @@ class Written(NamedTuple):
 class Format(NamedTuple):
     """``read`` renames keys at a prefix to ours; ``write`` gives the keys of a parameter."""
 
-    read: Callable[[State, str, str, NormalizedWeight], None]
+    read: Callable[[Keys, str, str, NormalizedWeight], None]
     write: Callable[[Written, Origin], dict[str, Tensor]]
+    general: bool = False  # whether it needs no Origin: any layer of spectral norm can be written
 
 
 def next_pair(weight: Tensor, dim: int, u: Tensor, iterations: int = 1) -> tuple[Tensor, Tensor]:
@@ -76,30 +79,29 @@ def next_pair(weight: Tensor, dim: int, u: Tensor, iterations: int = 1) -> tuple
     return u, v
 
 
-def _move(state: State, old: str, new: str) -> None:
+def _move(state: Keys, old: str, new: str) -> None:
     if old in state:
         state[new] = state.pop(old)
 
 
-def _read_u(state: State, key: str, u: Tensor | None, entry: NormalizedWeight) -> None:
+def _read_u(state: Keys, key: str, u: Tensor | None, entry: NormalizedWeight) -> None:
     """The pair that code which keeps u alone would use next."""
-    if u is None or key not in state or state[key].is_meta or state[key].dim() < 2:
+    if u is None or key not in state or state[key].dim() < 2:
         return
-    weight, dim = state[key], entry.settings.dim
-    rows = weight.shape[dim]
-    origin = origin_of(*entry.sites[0])
-    steps = 1 if origin is None else origin.iterations
-    if origin is not None and origin.transposed and u.numel() == weight.numel() // rows:
-        right, left = next_pair(matrix(weight, dim).T, 0, u, steps)
-        state[key + "_u"], state[key + "_v"] = left, right
-    elif u.numel() == rows:
-        state[key + "_u"], state[key + "_v"] = next_pair(weight, dim, u, steps)
+    w, origin = matrix(state[key], entry.settings.dim), origin_of(*entry.sites[0])
+    transposed = origin is not None and origin.transposed
+    if transposed:
+        w = w.T
+    if u.numel() != len(w):  # of another layer: they converge anew
+        return
+    pair = next_pair(w, 0, u, 1 if origin is None else origin.iterations)
+    state[key + "_u"], state[key + "_v"] = pair[::-1] if transposed else pair
 
 
 # --- torch's legacy hook and its copies ----------------------------------------------------------
 
 
-def _read_hook(state: State, prefix: str, name: str, entry: NormalizedWeight) -> None:
+def _read_hook(state: Keys, prefix: str, name: str, entry: NormalizedWeight) -> None:
     key = prefix + name
     if key + "_orig" not in state:
         return
@@ -113,24 +115,25 @@ def _read_hook(state: State, prefix: str, name: str, entry: NormalizedWeight) ->
     w = matrix(weight, entry.settings.dim).double()
     if u.shape == (w.shape[0],):
         used = None if used is None else matrix(used, entry.settings.dim).double()
-        state[key + "_v"] = missing_v(w, u.double(), used).to(state_dtype(weight.dtype))
+        v = missing_v(w, u.double(), used)
+        if v.any():  # a zero weight has none: it is drawn anew
+            state[key + "_v"] = v.to(state_dtype(weight.dtype))
 
 
 def missing_v(w: Tensor, u: Tensor, used: Tensor | None) -> Tensor:
-    """The unit v with u = W v / |W v|, which is W^+ u / |W^+ u|; float64.
+    """The unit v with u = W v / |W v|, which is W^+ u / |W^+ u|; float64; 0 where W^T u = 0.
 
     ``used``: W / sigma. Where it is known, v has sigma = u^T W v exactly, by the part along W^T u
     that says so.
     """
-    rows, columns = w.shape
-    if rows <= columns:
+    if w.shape[0] <= w.shape[1]:  # the smaller of two equal ways
         v = w.T @ (torch.linalg.pinv(w @ w.T, hermitian=True) @ u)
     else:
         v = torch.linalg.pinv(w.T @ w, hermitian=True) @ (w.T @ u)
     v = v / v.norm().clamp_min(1e-300)
     t = w.T @ u
     size = float(t.norm())
-    if used is None or size == 0 or not float((w * used).sum()):
+    if used is None or size == 0:
         return v
     cosine = float((w * w).sum() / (w * used).sum()) / size
     t = t / size
@@ -151,7 +154,7 @@ def _write_hook(layer: Written, origin: Origin) -> dict[str, Tensor]:
 # --- torch's parametrization ---------------------------------------------------------------------
 
 
-def _read_parametrization(state: State, prefix: str, name: str, entry: NormalizedWeight) -> None:
+def _read_parametrization(state: Keys, prefix: str, name: str, entry: NormalizedWeight) -> None:
     container = f"{prefix}parametrizations.{name}."
     if container + "original" in state:
         _move(state, container + "original", prefix + name)
@@ -176,22 +179,21 @@ CLASS_BUFFERS = {
 }
 
 
-def _read_class(kind: str, first: str) -> Callable[[State, str, str, NormalizedWeight], None]:
-    def read(state: State, prefix: str, name: str, entry: NormalizedWeight) -> None:
+def _read_class(kind: str, first: str) -> Callable[[Keys, str, str, NormalizedWeight], None]:
+    def read(state: Keys, prefix: str, name: str, entry: NormalizedWeight) -> None:
         if name != "weight" or prefix + first not in state:
             return
-        module = entry.sites[0][0]
         u = state[prefix + first]
         for key in [k for k in state if k.startswith(prefix)]:
             own = key[len(prefix) :]
-            if CLASS_BUFFERS[kind].fullmatch(own) and own not in module._buffers:
+            if CLASS_BUFFERS[kind].fullmatch(own):
                 del state[key]
         _read_u(state, prefix + name, u, entry)
 
     return read
 
 
-def _read_wrapper(state: State, prefix: str, name: str, entry: NormalizedWeight) -> None:
+def _read_wrapper(state: Keys, prefix: str, name: str, entry: NormalizedWeight) -> None:
     inner = prefix + "module."
     if inner + name + "_bar" in state:
         for old in [k for k in state if k.startswith(inner)]:
@@ -248,8 +250,7 @@ def u_before(w: Tensor, u: Tensor, sigma: float, iterations: int) -> Tensor:
             form = excess(torch.cat([a, b], 1))
             start, middle, end = (float(form[i]) for i in ((0, 0), (0, 1), (1, 1)))
             root = math.sqrt(middle**2 - start * end)
-            x = start / (-middle + math.copysign(root, -middle))
-            x = min((x, start / (end * x)), key=abs) if end else x
+            x = start / (-middle + math.copysign(root, -middle))  # the root nearer to u
             a = a + x * b
             return (a / a.norm())[:, 0]
     raise ValueError("sigma is below what that code can reach; call refresh(model) first")
@@ -258,21 +259,20 @@ def u_before(w: Tensor, u: Tensor, sigma: float, iterations: int) -> Tensor:
 def _write_class(layer: Written, origin: Origin) -> dict[str, Tensor]:
     u, w = _first_u(layer, origin)
     keys, basis = {layer.name: layer.weight}, u.double().unsqueeze(1)
-    for buffer in sorted(origin.extras):
+    for buffer in sorted(origin.extras, key=lambda name: (name[0] == "s", len(name), name)):
         shape = origin.extras[buffer]
         if buffer in ("u0", "sn_u"):
             keys[buffer] = u.reshape(shape)
         elif buffer in ("sv0", "sn_sigma"):
             keys[buffer] = u.new_full(shape, layer.sigma)
-        elif buffer.startswith("u"):  # the next singular vectors are only looked at
+        elif buffer.startswith("u"):  # u1, u2 ... and after them sv1, sv2 ...: only looked at
             other = w @ (w.T @ torch.ones_like(basis[:, :1]))
             other = other - basis @ (basis.T @ other)
             other = other / other.norm().clamp_min(1e-300)
             basis = torch.cat([basis, other], 1)
             keys[buffer] = other.to(u.dtype).reshape(shape)
         else:
-            place = int(buffer[2:])
-            size = (w.T @ basis[:, place]).norm() if place < basis.shape[1] else 0.0
+            size = (w.T @ basis[:, int(buffer[2:])]).norm()
             keys[buffer] = u.new_full(shape, float(size))
     return keys
 
@@ -290,12 +290,12 @@ FORMATS = {
     "wrapper": Format(_read_wrapper, _write_wrapper),
     "BigGAN": Format(_read_class("BigGAN", "u0"), _write_class),
     "mimicry": Format(_read_class("mimicry", "sn_u"), _write_class),
-    "legacy": Format(_read_hook, _write_hook),
-    "parametrization": Format(_read_parametrization, _write_parametrization),
+    "legacy": Format(_read_hook, _write_hook, general=True),
+    "parametrization": Format(_read_parametrization, _write_parametrization, general=True),
 }
 
 
-def adopt(state: State, prefix: str, name: str, entry: NormalizedWeight) -> None:
+def adopt(state: Keys, prefix: str, name: str, entry: NormalizedWeight) -> None:
     """Renames one parameter's keys to ours, and marks u, v that the checkpoint does not hold."""
     key = prefix + name
     for form in FORMATS.values():
@@ -316,11 +316,14 @@ def adopt(state: State, prefix: str, name: str, entry: NormalizedWeight) -> None
     if not complete:
         module, buffer = entry.sites[0]
         for suffix in ("_u", "_v"):
-            state.setdefault(key + suffix, module._buffers[buffer + suffix])
+            old = module._buffers[buffer + suffix]
+            if old.is_meta:  # assign=True brings numbers to a model that was made without
+                old = torch.empty_like(old, device=state[key].device)
+            state.setdefault(key + suffix, old)
     # Between this and the hook after loading: u and v belong to what comes, or to what was there.
     if complete:
         entry.become(State.UNSEEN)
-    elif entry.state() in (State.UNSET, State.NEW):
+    elif entry.u.is_meta or entry.state() in (State.UNSET, State.NEW):
         entry.become(State.UNSET)
     else:
         entry.become(State.STALE)

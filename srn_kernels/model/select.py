@@ -12,11 +12,13 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from srn_kernels import backends
+from srn_kernels.core.arguments import check_dim
 from srn_kernels.maths.matrix import state_dtype
-from srn_kernels.model import foreign, settings
+from srn_kernels.model import foreign
 from srn_kernels.model.attach import normalized_by
+from srn_kernels.model.freshness import is_split
 from srn_kernels.model.settings import Settings, nearest, split_dim
-from srn_kernels.model.weight import KEY, NormalizedWeight, check_weight, is_split
+from srn_kernels.model.weight import KEY, NormalizedWeight, check_weight
 
 LAYER_TYPES = (
     nn.Linear,
@@ -27,12 +29,10 @@ LAYER_TYPES = (
     nn.ConvTranspose2d,
     nn.ConvTranspose3d,
 )
-
-
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
-_ATTENTION_OUTPUT = nn.modules.linear.NonDynamicallyQuantizableLinear
+ATTENTION_OUTPUT = nn.modules.linear.NonDynamicallyQuantizableLinear
 
 
 Pattern = str | Iterable[str] | Callable[[str, nn.Module], bool] | None
@@ -45,16 +45,12 @@ class NormalizedTwiceError(RuntimeError, ValueError):
 
 def _resolve_dim(module: nn.Module, weight: Tensor, dim: int | None, label: str) -> int:
     if dim is None:
-        return 1 if isinstance(module, _TRANSPOSED) else 0
-    dim = settings.plain(dim)
-    if not isinstance(dim, int) or isinstance(dim, bool):
-        raise TypeError(f"dim must be an int or None, got {dim!r}")
-    if not -weight.dim() <= dim < weight.dim():
-        raise ValueError(f"dim {dim} is no dimension of {label} of shape {tuple(weight.shape)}")
-    return dim % weight.dim()
+        return 1 if isinstance(module, _TRANSPOSED) and weight.dim() > 1 else 0
+    return check_dim(dim, weight, f"{label}: dim")
 
 
-def _label(prefix: str, name: str) -> str:
+def label_of(prefix: str, name: str) -> str:
+    """What a model calls the parameter of one of its modules."""
     return f"{prefix}.{name}" if prefix else name
 
 
@@ -223,26 +219,11 @@ def select(
                 pattern = glob
         found += 1
         for name in _weight_names(module):
-            label = _label(prefix, name)
-            if name in module.__dict__.get(KEY, {}):
-                skipped.append((label, "normalised already"))
-                continue
-            if reason := foreign.obstacle(module, name):
+            label = label_of(prefix, name)
+            if reason := _why_not(module, name):
                 skipped.append((label, reason))
                 continue
-            if parametrize.is_parametrized(module):
-                skipped.append((label, "another parameter of its module is parametrized"))
-                continue
-            weight = module._parameters.get(name)
-            if weight is None:
-                skipped.append((label, "no Parameter of this name"))
-                continue
-            if isinstance(weight, nn.parameter.UninitializedTensorMixin):
-                skipped.append((label, "lazy: not initialised yet"))
-                continue
-            if weight.numel() == 0 and not hasattr(weight, "_fsdp_flattened"):
-                skipped.append((label, "no elements"))
-                continue
+            weight = module._parameters[name]
             with _naming(f"overrides[{pattern!r}]") if pattern else contextlib.nullcontext():
                 entry = prepare_entry(module, name, label, own)
             first = entries.get(id(weight))
@@ -276,6 +257,24 @@ def select(
     return list(entries.values()), skipped
 
 
+def _why_not(module: nn.Module, name: str) -> str | None:
+    """Why a parameter of a selected module stays as it is, if it does."""
+    if name in module.__dict__.get(KEY, {}):
+        return "normalised already"
+    if reason := foreign.obstacle(module, name):
+        return reason
+    if parametrize.is_parametrized(module):
+        return "another parameter of its module is parametrized"
+    weight = module._parameters.get(name)
+    if weight is None:
+        return "no Parameter of this name"
+    if isinstance(weight, nn.parameter.UninitializedTensorMixin):
+        return "lazy: not initialised yet"
+    if weight.numel() == 0 and not hasattr(weight, "_fsdp_flattened"):
+        return "no elements"
+    return None
+
+
 def _of_other_classes(prefix: str, module: nn.Module) -> list[tuple[str, str]]:
     """Matrices of classes that are not in layer_types, with what there is to say about them."""
     found = {item.name: item for item in foreign.find(module) if item.module is module}
@@ -290,5 +289,5 @@ def _of_other_classes(prefix: str, module: nn.Module) -> list[tuple[str, str]]:
         reason = f"{kind} is not in layer_types"
         if name in found:
             reason = foreign.obstacle(module, name) or reason
-        skipped.append((_label(prefix, name), reason))
+        skipped.append((label_of(prefix, name), reason))
     return skipped

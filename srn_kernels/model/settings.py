@@ -16,6 +16,7 @@ from srn_kernels.core.arguments import (
     check_count,
     check_eps,
     check_gradient,
+    check_number,
     effective_rank,
 )
 from srn_kernels.maths.rule import Rule
@@ -87,35 +88,32 @@ class Settings:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            object.__setattr__(self, field.name, plain(getattr(self, field.name)))
+            object.__setattr__(self, field.name, _plain(getattr(self, field.name)))
         check_ratio(self.rank_ratio)
-        if self.stable_rank is not None and not (
-            _is_number(self.stable_rank) and 1 <= self.stable_rank < math.inf
-        ):
-            raise ValueError(
-                f"stable_rank must be a finite number >= 1 or None, got {self.stable_rank!r}"
-            )
+        rank, bound = self.stable_rank, self.sigma_max
+        if rank is not None and not 1 <= check_number(rank, "stable_rank") < math.inf:
+            raise ValueError(f"stable_rank must be a finite number >= 1 or None, got {rank}")
         check_count(self.n_power_iterations, "n_power_iterations", 1)
         check_count(self.init_iterations, "init_iterations", 0)
         check_eps(self.eps)
         backends.check_name(self.backend)
         check_gradient(self.gradient)
         check_count(self.preserve, "preserve", 0)
-        check_sigma_max(self.sigma_max)
+        if bound is not None and not 0 < check_number(bound, "sigma_max") < math.inf:
+            raise ValueError(f"sigma_max must be positive and finite, or None, got {bound}")
         for argument in ("grad_through_sigma", "gain"):
             if not isinstance(getattr(self, argument), bool):
                 raise TypeError(f"{argument} must be a bool, got {getattr(self, argument)!r}")
         check_rule(self.rule)
-        rule, what = self.chosen_rule, f"preserve={self.preserve}"
-        if self.preserve == 1:
-            what = f"rule={self.rule!r}"
+        rule = self.chosen_rule
+        what = f"rule={self.rule!r}" if self.preserve == 1 else f"preserve={self.preserve}"
         if not rule.kernels and self.backend not in ("auto", "reference"):
             raise ValueError(
                 f"{what} is served by plain PyTorch, backend 'auto' or 'reference', not by "
                 f"{self.backend!r}"
             )
-        if self.sigma_max is not None and not rule.pairs(1, 1):
-            raise ValueError(f"{what} knows no sigma for sigma_max={self.sigma_max} to bound")
+        if bound is not None and not rule.pairs(1, 1):
+            raise ValueError(f"{what} knows no sigma for sigma_max={bound} to bound")
 
     @property
     def chosen_rule(self) -> Rule:
@@ -136,7 +134,7 @@ class Settings:
         return effective_rank(max(1.0, self.rank_ratio * min(rows, columns)), rows, columns)
 
 
-def plain(value: Any) -> Any:
+def _plain(value: Any) -> Any:
     """Python's own number for numpy's scalars, which register as numbers; else the value."""
     if isinstance(value, (bool, int, float)):
         return value
@@ -147,25 +145,10 @@ def plain(value: Any) -> Any:
     return bool(value) if type(value).__name__ in ("bool_", "bool") else value
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)
-
-
 def check_ratio(value: float) -> float:
-    if not _is_number(value):
-        raise TypeError(f"rank_ratio must be a number, got {value!r}")
-    if not 0 < value <= 1:
+    if not 0 < check_number(value, "rank_ratio") <= 1:
         raise ValueError(f"rank_ratio must be in (0, 1], got {value}")
     return float(value)
-
-
-def check_sigma_max(value: float | None) -> None:
-    if value is None:
-        return
-    if not _is_number(value):
-        raise TypeError(f"sigma_max must be a number or None, got {value!r}")
-    if not 0 < value < math.inf:
-        raise ValueError(f"sigma_max must be positive and finite, or None, got {value}")
 
 
 def nearest(name: str, names: Iterable[str]) -> str:

@@ -12,15 +12,12 @@ from torch.nn.utils import parametrize
 
 from srn_kernels.core.guard import check_new, check_tensor
 from srn_kernels.core.record import Round
-from srn_kernels.maths.matrix import state_dtype, vector_shape
+from srn_kernels.maths.matrix import matrix_shape, state_dtype, vector_shape
 from srn_kernels.model.freshness import Freshness, State, is_split, version_of
 from srn_kernels.model.settings import Settings
 
-FORM = "_srn_form"  # module.__dict__[FORM]: {parameter name: the form it was converted from}
+FORM = "_srn_form"  # module.__dict__[FORM]: {parameter name: its formats.Origin}
 KEY = "_srn"  # module.__dict__[KEY]: {parameter name: NormalizedWeight}
-
-
-FORM = "_srn_form"  # module.__dict__[FORM]: {parameter name: what convert took it from}
 
 
 class Owner:
@@ -138,11 +135,7 @@ class NormalizedWeight:
         return w.unsqueeze(0) if w.dim() == 1 else w
 
     def matrix_shape(self) -> tuple[int, int]:
-        w = self.weight
-        if w.dim() == 1:
-            return 1, w.numel()
-        rows = w.shape[self.settings.dim]
-        return rows, w.numel() // rows
+        return matrix_shape(self.matrix_weight(), self.settings.dim)
 
     def target_rank(self) -> float:
         return self.settings.target_rank(*self.matrix_shape())
@@ -229,7 +222,6 @@ def check_weight(module: nn.Module, weight: Tensor | None, label: str) -> None:
     check_tensor(weight, label)
     if weight.dim() == 0:
         raise ValueError(f"{label} must have at least one dimension")
-    check_new(weight, label)
     check_new(weight, label)
     if getattr(weight, "_fsdp_flattened", False):
         raise ValueError(

@@ -13,21 +13,17 @@ from torch import Tensor, nn
 
 from srn_kernels.core.arguments import check_count
 from srn_kernels.model import foreign, root
-from srn_kernels.model.attach import (
-    attach,
-    bake,
-    normalized_by,
-    refuse_in_use,
-)
+from srn_kernels.model.attach import attach, bake, normalized_by, refuse_in_use
 from srn_kernels.model.rounds import converge, current_weights
 from srn_kernels.model.select import (
-    _ATTENTION_OUTPUT,
+    ATTENTION_OUTPUT,
     NormalizedTwiceError,
     Pattern,
+    label_of,
     prepare_entry,
     select,
 )
-from srn_kernels.model.settings import Options, check_ratio, plain, takes_options
+from srn_kernels.model.settings import Options, check_ratio, takes_options
 from srn_kernels.model.undo import unchanged_on_error
 from srn_kernels.model.weight import KEY, NormalizedWeight
 
@@ -70,7 +66,7 @@ def stable_rank_norm(
     """
     keywords = {"n_power_iterations": n_power_iterations, "eps": eps, "dim": dim, **options}
     entry = prepare_entry(module, name, str(name), {"rank_ratio": rank_ratio, **keywords})
-    if type(module) is _ATTENTION_OUTPUT:
+    if type(module) is ATTENTION_OUTPUT:
         raise ValueError(
             "module: an output projection is read by its MultiheadAttention without being called; "
             "use apply_stable_rank_norm on the attention module or on the model"
@@ -140,7 +136,7 @@ def apply_stable_rank_norm(
         ValueError, TypeError, RuntimeError: naming the argument or layer, also where no layer of
             the model would be normalised by this library; the model is as it was.
     """
-    groups = check_count(plain(groups), "groups", 1)
+    groups = check_count(groups, "groups", 1)
     added, left_out = select(
         model,
         {"rank_ratio": rank_ratio, **options},
@@ -221,28 +217,23 @@ def fuse(model: nn.Module, *, groups: int = 1) -> nn.Module:
     Layers that share a Parameter then share u, v and W_hat. groups: see
     :func:`apply_stable_rank_norm`. Returns the model; ValueError if nothing in it is normalised.
     """
-    groups = check_count(plain(groups), "groups", 1)
-    entries = _all_entries(model)
+    groups = check_count(groups, "groups", 1)
+    entries = all_entries(model)
     with changing(model):
-        _fuse(model, entries, groups)
+        merged: dict[int, NormalizedWeight] = {}
+        for entry in entries:
+            first = merged.setdefault(id(entry.weight), entry)
+            if first is not entry:
+                _merge(first, entry)
+        for module in model.modules():
+            if root.GROUP in module.__dict__ and module is not model:
+                root.drop_group(module)
+        this = root.group_of(model)
+        this.entries = []
+        this.groups = groups
+        this.add(list(merged.values()))
+        _hook_readers(model)
     return model
-
-
-def _fuse(model: nn.Module, entries: Sequence[NormalizedWeight], groups: int) -> None:
-    merged: dict[int, NormalizedWeight] = {}
-    for entry in entries:
-        first = merged.setdefault(id(entry.weight), entry)
-        if first is not entry:
-            _merge(first, entry)
-    for module in model.modules():
-        old = module.__dict__.get(root.GROUP)
-        if old is not None and module is not model:
-            root.drop_group(module)
-    this = root.group_of(model)
-    this.entries = []
-    this.groups = groups
-    this.add(list(merged.values()))
-    _hook_readers(model)
 
 
 def _merge(first: NormalizedWeight, other: NormalizedWeight) -> None:
@@ -295,20 +286,22 @@ def set_rank_ratio(model_or_layer: nn.Module, value: float) -> None:
 
     An absolute ``stable_rank`` is replaced by the ratio. ValueError if nothing is normalised.
     """
-    value = check_ratio(plain(value))
-    for entry in _all_entries(model_or_layer):
+    value = check_ratio(value)
+    for entry in all_entries(model_or_layer):
         entry.settings = replace(entry.settings, rank_ratio=value, stable_rank=None)
 
 
 def refresh(model: nn.Module, iterations: int = 15) -> nn.Module:
     """Converges u and v of every normalised layer anew; needed only after writes through ``.data``
     or writes that a compiled forward saw first. Returns the model."""
-    iterations = check_count(plain(iterations), "iterations", 1)
-    converge(_all_entries(model), iterations)
+    iterations = check_count(iterations, "iterations", 1)
+    converge(all_entries(model), iterations)
     return model
 
 
-def _all_entries(model: nn.Module) -> list[NormalizedWeight]:
+def all_entries(model: nn.Module) -> list[NormalizedWeight]:
+    """Every normalised weight in a module; ValueError if there is none, RuntimeError naming a layer
+    whose Parameter is no longer there."""
     entries = root.entries_of(model)
     if not entries:
         raise ValueError(f"model: no normalised layer in {type(model).__name__}")
@@ -324,7 +317,7 @@ def remove_stable_rank_norm(model_or_layer: nn.Module) -> nn.Module:
     Returns the module; ValueError if nothing in it is normalised, or if a Parameter has another
     owner in it that is not normalised and would be changed too (:func:`export` unties those).
     """
-    entries = _all_entries(model_or_layer)
+    entries = all_entries(model_or_layer)
     for entry, owner in _other_owners(model_or_layer, entries):
         raise ValueError(
             f"{entry.label!r} is the Parameter {owner!r} too, which is not normalised and would "
@@ -344,7 +337,7 @@ def _other_owners(
         for name, parameter in module._parameters.items():
             entry = by_weight.get(id(parameter))
             if entry is not None and not any(m is module and n == name for m, n in entry.sites):
-                found.append((entry, f"{prefix}.{name}" if prefix else name))
+                found.append((entry, label_of(prefix, name)))
     return found
 
 
@@ -364,7 +357,7 @@ def export(model: nn.Module) -> nn.Module:
     Parameters that a module which is not normalised shares are untied in the copy: it keeps the
     raw weight. Conv-bn fusion, opacus, torch.fx, ONNX and TorchScript work on the copy.
     """
-    refuse_in_use(_all_entries(model), "export")
+    refuse_in_use(all_entries(model), "export")
     # What hooks of others (weight_norm) leave in a module is no leaf, and made anew in its forward.
     memo: dict[int, Any] = {
         id(value): value.detach().clone()

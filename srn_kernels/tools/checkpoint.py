@@ -7,15 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from srn_kernels.maths.matrix import matrix
-from srn_kernels.model import root
+from srn_kernels.maths.matrix import first_vector, matrix
 from srn_kernels.model.attach import refuse_in_use
 from srn_kernels.model.formats import FORMATS, Origin, Written, origin_of
+from srn_kernels.model.freshness import is_split
 from srn_kernels.model.rounds import settled
-from srn_kernels.model.settings import Settings
-from srn_kernels.model.weight import KEY, NormalizedWeight, is_split
+from srn_kernels.model.weight import KEY, NormalizedWeight
+from srn_kernels.model.wrap import all_entries
 
-FORMS = ("legacy", "parametrization", "original")
+FORMS = (*(name for name, form in FORMATS.items() if form.general), "original")
 
 
 def to_torch_state_dict(model: nn.Module, form: str = "legacy") -> dict[str, Any]:
@@ -40,12 +40,7 @@ def to_torch_state_dict(model: nn.Module, form: str = "legacy") -> dict[str, Any
     """
     if form not in FORMS:
         raise ValueError(f"form must be one of {FORMS}, got {form!r}")
-    entries = root.entries_of(model)
-    if not entries:
-        raise ValueError(f"model: no normalised layer in {type(model).__name__}")
-    refuse_in_use(entries, "to_torch_state_dict")
-    for entry in entries:
-        _ = entry.weight  # raises, naming the layer, where it is no longer there
+    refuse_in_use(all_entries(model), "to_torch_state_dict")
     modules = dict(model.named_modules(remove_duplicate=False))
     replaced: dict[str, dict[str, Tensor]] = {}
     wrapped: list[str] = []
@@ -95,8 +90,13 @@ def _origin(module: nn.Module, name: str, entry: NormalizedWeight, form: str) ->
                 f"{label}: was not taken over by convert_spectral_norm, so that it has no original "
                 "form; use form='legacy' or 'parametrization'"
             )
-        for key in ("rank_ratio", "stable_rank", "sigma_max", "dim"):
-            _same(label, key, settings, origin.settings)
+        for key in ("rank_ratio", "stable_rank", "sigma_max"):
+            now, then = getattr(settings, key), getattr(origin.settings, key)
+            if now != then:
+                raise ValueError(
+                    f"{label}: {key} is {now!r}, but {then!r} in the original code, which would "
+                    "compute another weight"
+                )
     if settings.gain:
         raise ValueError(
             f"{label}: that form has no gain; bake it in with srn_kernels.export(model)"
@@ -104,26 +104,15 @@ def _origin(module: nn.Module, name: str, entry: NormalizedWeight, form: str) ->
     return origin
 
 
-def _same(label: str, key: str, now: Settings, then: Settings) -> None:
-    if getattr(now, key) != getattr(then, key):
-        raise ValueError(
-            f"{label}: {key} is {getattr(now, key)!r}, but {getattr(then, key)!r} in the original "
-            "code, which would compute another weight"
-        )
-
-
 @torch.no_grad()
 def _written(name: str, entry: NormalizedWeight) -> Written:
     weight, settings = entry.weight, entry.settings
     if is_split(weight) or weight.is_meta:
         raise ValueError("is distributed or on the meta device; gather it first")
-    dim = settings.dim if weight.dim() > 1 else 0
-    u, v = settled(entry)
-    u, v = (x.reshape(len(x), -1)[:, 0].double() for x in (u, v))
+    u, v = (first_vector(x).double() for x in settled(entry))
     u, v = u / u.norm(), v / v.norm()
     dtype = entry.u.dtype
-    w = matrix(weight, dim).double() if weight.dim() > 1 else weight.double().unsqueeze(0)
-    sigma = float(u @ (w @ v))
+    sigma = float(u @ (matrix(entry.matrix_weight(), settings.dim).double() @ v))
     if not abs(sigma) > settings.eps:
         raise ValueError(f"sigma is {sigma:g}, which other code divides by")
-    return Written(name, weight, dim, u.to(dtype), v.to(dtype), sigma)
+    return Written(name, weight, settings.dim, u.to(dtype), v.to(dtype), sigma)

@@ -13,8 +13,8 @@ from srn_kernels.model import foreign, root, wrap
 from srn_kernels.model.attach import attach
 from srn_kernels.model.foreign import Found
 from srn_kernels.model.formats import Origin
-from srn_kernels.model.select import check_backend
-from srn_kernels.model.settings import Options, Settings, plain, takes_options
+from srn_kernels.model.select import check_backend, label_of
+from srn_kernels.model.settings import Options, Settings, takes_options
 from srn_kernels.model.weight import FORM, NormalizedWeight, check_weight
 from srn_kernels.tools import known
 
@@ -69,7 +69,7 @@ def convert_spectral_norm(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
-    groups = check_count(plain(groups), "groups", 1)
+    groups = check_count(groups, "groups", 1)
     options = {k: v for k, v in options.items() if v is not None}
     checked = Settings(rank_ratio=rank_ratio, **options)
     asked = dict(options)
@@ -116,7 +116,7 @@ def _look(model: nn.Module, asked: dict[str, Any]) -> tuple[list[_Taken], list[t
             places.setdefault(id(child), []).append((parent, key))
     for prefix, module in model.named_modules():
         for found in foreign.find(module):
-            label = f"{prefix}.{found.name}" if prefix else found.name
+            label = label_of(prefix, found.name)
             if found.form == "unknown":
                 left_out.append((label, found.reason))
                 continue
@@ -159,11 +159,9 @@ def _refuse(
     for entry in present:
         for key, value in asked.items():
             if getattr(entry.settings, key) != value:
-                how = (
-                    "set_rank_ratio(model, value)"
-                    if key == "rank_ratio"
-                    else ("remove_stable_rank_norm and apply_stable_rank_norm")
-                )
+                how = "remove_stable_rank_norm and apply_stable_rank_norm"
+                if key == "rank_ratio":
+                    how = "set_rank_ratio(model, value)"
                 raise ValueError(
                     f"{key}: {entry.label!r} is normalised already, with "
                     f"{key}={getattr(entry.settings, key)!r} and not {value!r}; to change that use "

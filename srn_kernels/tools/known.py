@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from srn_kernels.maths.matrix import state_dtype
-from srn_kernels.model.attach import current_weights
 from srn_kernels.model.foreign import Found, class_form, plain_class
 from srn_kernels.model.formats import CLASS_BUFFERS, Origin, next_pair
 from srn_kernels.model.freshness import State
+from srn_kernels.model.rounds import current_weights
 from srn_kernels.model.settings import Settings
 from srn_kernels.model.weight import NormalizedWeight
 
@@ -34,7 +34,7 @@ def iterations_of(item: Found) -> int:
         return getattr(item.module, class_form(item.module).iterations, 1)
     if item.form == "wrapper":
         return getattr(item.holder, "power_iterations", 1)
-    return item.holder.n_power_iterations
+    return getattr(item.holder, "n_power_iterations", 1)  # torch's of a vector has none
 
 
 def own_settings(item: Found, weight: Tensor) -> Settings:
@@ -61,14 +61,23 @@ def current_pair(item: Found, weight: Tensor) -> tuple[Tensor | None, Tensor | N
         return getattr(item.holder, "_u", None), getattr(item.holder, "_v", None)
     if item.form == "hook":
         return module._buffers.get(name + "_u"), module._buffers.get(name + "_v")
-    steps = iterations_of(item)  # these iterate in evaluation as well
-    if item.form == "wrapper":
-        return next_pair(weight, 0, module._parameters[name + "_u"], steps)
-    u = module._buffers[class_form(module).u]
-    if getattr(module, "transpose", False):
+    u, steps = _own_u(item), iterations_of(item)  # these iterate in evaluation as well
+    if _is_transposed(item):
         v, u = next_pair(weight.flatten(1).T, 0, u, steps)
         return u, v
     return next_pair(weight, 0, u, steps)
+
+
+def _own_u(item: Found) -> Tensor:
+    """The u of code that keeps u alone."""
+    if item.form == "wrapper":
+        return item.module._parameters[item.name + "_u"]
+    return item.module._buffers[class_form(item.module).u]
+
+
+def _is_transposed(item: Found) -> bool:
+    """Whether its u belongs to the columns."""
+    return item.form == "class" and getattr(item.module, "transpose", False)
 
 
 def difference(item: Found, weight: Tensor, settings: Settings) -> str | None:
@@ -87,14 +96,9 @@ def difference(item: Found, weight: Tensor, settings: Settings) -> str | None:
         if sizes != (rows, columns):
             return f"its u and v have {sizes} elements, a {rows} x {columns} matrix needs others"
     else:
-        u = (
-            item.module._parameters[item.name + "_u"]
-            if item.form == "wrapper"
-            else item.module._buffers[class_form(item.module).u]
-        )
-        transposed = item.form == "class" and getattr(item.module, "transpose", False)
-        if u.numel() != (columns if transposed else rows):
-            return f"its u has {u.numel()} elements, a {rows} x {columns} matrix needs others"
+        size = _own_u(item).numel()
+        if size != (columns if _is_transposed(item) else rows):
+            return f"its u has {size} elements, a {rows} x {columns} matrix needs others"
     if item.form == "hook":
         return _hook_difference(item.holder, settings)
     if item.form == "class":
@@ -185,9 +189,7 @@ def origin(item: Found, settings: Settings, parents: tuple[Any, ...]) -> Origin:
         buffers = {
             k: b.shape for k, b in module._buffers.items() if CLASS_BUFFERS[kind].fullmatch(k)
         }
-        return Origin(
-            kind, settings, iterations_of(item), getattr(module, "transpose", False), buffers
-        )
+        return Origin(kind, settings, iterations_of(item), _is_transposed(item), buffers)
     if item.form == "wrapper":
         return Origin("wrapper", settings, iterations_of(item), places=parents)
     if item.form == "parametrization":
@@ -249,9 +251,9 @@ def _strip_parametrization(module: nn.Module, name: str) -> None:
 
 
 def vector_pair(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """u, v of a vector, exactly: 1 and w / |w|."""
+    """u, v of a vector, exactly: 1 and w / |w|; of zero, any direction."""
     w = weight.detach().double()
-    return weight.new_ones(1), w / torch.linalg.vector_norm(w).clamp_min(1e-30)
+    return weight.new_ones(1), nn.functional.normalize(w if w.any() else torch.ones_like(w), dim=0)
 
 
 def as_state(pair: tuple[Tensor, Tensor], weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -20,8 +20,6 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from srn_kernels.linalg import power_triples
 
 LAYERS = (nn.Linear, _ConvNd)
-
-
 _TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 
 

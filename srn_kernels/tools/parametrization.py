@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from srn_kernels import functional
-from srn_kernels.maths.matrix import state_dtype
-from srn_kernels.model.settings import Settings, plain
+from srn_kernels.core.arguments import check_dim
+from srn_kernels.maths.matrix import matrix_shape, state_dtype
+from srn_kernels.model.settings import Settings
 from srn_kernels.model.weight import check_weight
 
 
@@ -39,20 +40,14 @@ class StableRankNorm(nn.Module):
                 "StableRankNorm(module.weight)"
             )
         check_weight(self, weight, "weight")
-        dim = plain(dim)
-        if not isinstance(dim, int) or isinstance(dim, bool):
-            raise TypeError(f"dim must be an int, got {dim!r}")
-        if not -weight.dim() <= dim < weight.dim():
-            raise ValueError(f"dim {dim} is no dimension of a weight of {tuple(weight.shape)}")
+        self.dim = check_dim(dim, weight, "dim")
         settings = Settings(rank_ratio=rank_ratio, n_power_iterations=n_power_iterations, eps=eps)
         self.rank_ratio = settings.rank_ratio
         self.n_power_iterations = settings.n_power_iterations
         self.eps = settings.eps
-        self.dim = dim % weight.dim()
         if weight.dim() == 1:
             return
-        rows = weight.shape[self.dim]
-        columns = weight.numel() // rows
+        rows, columns = matrix_shape(weight, self.dim)
         self.target_rank = settings.target_rank(rows, columns)
         for name, size in (("_u", rows), ("_v", columns)):
             drawn = torch.empty(size, dtype=state_dtype(weight.dtype), device=weight.device)

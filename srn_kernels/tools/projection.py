@@ -13,15 +13,13 @@ from srn_kernels import functional
 from srn_kernels.core.arguments import check_count
 from srn_kernels.maths.matrix import state_dtype
 from srn_kernels.model.select import Pattern, select
-from srn_kernels.model.settings import Options, plain, takes_options
+from srn_kernels.model.settings import Options, takes_options
 from srn_kernels.model.weight import NormalizedWeight
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 _MEANINGLESS = ("gradient", "preserve", "sigma_max", "grad_through_sigma", "gain", "rule")
-
-
 _WRAPPED = ("normalised already", "its Parameter is normalised by another layer")
 
 
@@ -68,10 +66,9 @@ class Projection:
         us, vs = zip(*[self._settled(i) for i in group], strict=True)
         settings = chosen[0].settings
         weights = [e.matrix_weight() for e in chosen]
-        dims = [e.settings.dim if e.weight.dim() > 1 else 0 for e in chosen]
         return (weights, us, vs, [e.target_rank() for e in chosen]), {
             "eps": settings.eps,
-            "dims": dims,
+            "dims": [e.settings.dim for e in chosen],
             "backend": settings.backend,
         }
 
@@ -87,7 +84,7 @@ class Projection:
     def refresh(self, iterations: int | None = None) -> None:
         """Converges u and v anew (``init_iterations`` unless given); the weights stay."""
         if iterations is not None:
-            iterations = check_count(plain(iterations), "iterations", 1)
+            iterations = check_count(iterations, "iterations", 1)
         for group in self._grouped():
             arguments, keywords = self._arguments(group)
             n = self._entries[group[0]].settings.init_iterations
@@ -122,6 +119,7 @@ class Projection:
         self._handle.remove()
 
 
+# Chooses layers in the words of apply_stable_rank_norm, each written out for its reader.
 @takes_options(without=_MEANINGLESS)
 def project_after_step(
     optimizer: Optimizer,

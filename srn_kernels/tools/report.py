@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
@@ -12,8 +13,9 @@ from torch import nn
 from srn_kernels.maths.matrix import first_vector, matrix
 from srn_kernels.maths.scalars import STABLE_RANK, Stats
 from srn_kernels.model import root
+from srn_kernels.model.freshness import is_split
 from srn_kernels.model.rounds import current_weights, settled
-from srn_kernels.model.weight import NormalizedWeight, is_split
+from srn_kernels.model.weight import NormalizedWeight
 from srn_kernels.model.wrap import skipped
 from srn_kernels.tools.operator_norm import LAYERS, input_shapes, operator_norm
 
@@ -81,35 +83,24 @@ class Report:
 
 
 def _row(entry: NormalizedWeight, note: str) -> LayerReport:
-    rows, columns = entry.matrix_shape()
+    shape, target = entry.matrix_shape(), entry.target_rank()
     if entry.weight.is_meta:
-        nan = float("nan")
-        return LayerReport(
-            entry.label,
-            (rows, columns),
-            nan,
-            nan,
-            nan,
-            entry.target_rank(),
-            nan,
-            False,
-            note or "on the meta device",
-        )
+        nan, note = math.nan, note or "on the meta device"
+        return LayerReport(entry.label, shape, nan, nan, nan, target, nan, False, note)
     with torch.no_grad():
         u, v = settled(entry)
         weight = entry.matrix_weight()
         if is_split(weight):  # only for looking at; all processes have to ask for the report
             weight = weight.full_tensor()
-        dim = entry.settings.dim if entry.weight.dim() > 1 else 0
         settings, rule = entry.settings, entry.settings.chosen_rule
-        target = entry.target_rank()
+        dim = settings.dim
         layer = rule.normalize_layer(weight, u, v, target, 0, settings.eps, dim, torch.float64)
         notes = [note, rule.note(layer.stats)]
         notes += [f"sigma_max={settings.sigma_max:g}"] if settings.sigma_max else []
         notes += [f"gain {entry.gain.item():.4g}"] if settings.gain else []
         seen = Stats(*layer.stats.tolist())
         w_hat, sigma = matrix(layer.weight, dim), seen.sigma
-        if rule.pairs(rows, columns):
+        if rule.pairs(*shape):
             u, v = (first_vector(x).double() for x in (layer.u, layer.v))
             own_sigma = (u @ w_hat @ v).item()
         else:  # a rule without vectors has no estimate in use
@@ -118,7 +109,7 @@ def _row(entry: NormalizedWeight, note: str) -> LayerReport:
         normalized = w_hat.square().sum().item() / own_sigma**2 if own_sigma else 0.0
     return LayerReport(
         name=entry.label,
-        shape=(rows, columns),
+        shape=shape,
         sigma=sigma,
         stable_rank=seen.frobenius_sq / sigma**2 if sigma else 0.0,
         normalized_stable_rank=normalized,
@@ -173,6 +164,9 @@ def report(model: nn.Module, input_shape: Sequence[int] | None = None) -> Report
     return Report(rows, skipped(model))
 
 
+_NUMBERS = ("sigma", "stable_rank", "normalized_stable_rank", "gamma", "active")
+
+
 class History:
     """A callback that returns, and keeps, what the last round did to each layer.
 
@@ -200,15 +194,9 @@ class History:
             if id(entry) in current:
                 numbers = stats[entry.record][entry.record.place_of(entry.fit)]
                 row[entry.label] = _numbers(numbers, entry.target_rank())
-                continue
-            seen = _row(entry, "")
-            row[entry.label] = {
-                "sigma": seen.sigma,
-                "stable_rank": seen.stable_rank,
-                "normalized_stable_rank": seen.normalized_stable_rank,
-                "gamma": seen.gamma,
-                "active": float(seen.active),
-            }
+            else:
+                seen = _row(entry, "")
+                row[entry.label] = {name: float(getattr(seen, name)) for name in _NUMBERS}
         self.rows.append(row)
         return row
 
@@ -226,11 +214,6 @@ def _numbers(stats: Sequence[float], target_rank: float) -> dict[str, float]:
     seen = Stats(*stats)
     rank = seen.frobenius_sq / seen.sigma**2 if seen.sigma else 0.0
     active = seen.branch == STABLE_RANK
-    return {
-        "sigma": seen.sigma,
-        "stable_rank": rank,
-        # |W_hat|_F^2 = r exactly where the constraint acts, and W / sigma has W's otherwise.
-        "normalized_stable_rank": target_rank if active else rank,
-        "gamma": seen.gamma,
-        "active": float(active),
-    }
+    # |W_hat|_F^2 = r exactly where the constraint acts, and W / sigma has W's otherwise.
+    numbers = (seen.sigma, rank, target_rank if active else rank, seen.gamma, float(active))
+    return dict(zip(_NUMBERS, numbers, strict=True))

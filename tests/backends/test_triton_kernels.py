@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import functools
-import math
 import threading
-from collections.abc import Iterator
 from dataclasses import replace
 
 import oracle
@@ -14,32 +12,27 @@ import torch
 from gpu_rounds import (
     SHAPES,
     Round,
-    check_a_repeated_round,
-    check_edge_cases,
-    check_evaluation_with_shrunk_and_negative_vectors,
-    check_range,
     check_round,
     device_of,
     gradient_layer,
     nan_like,
-    scaled_down,
 )
 from scaled_rounds import check_scaled_rounds
-from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from benchmarks.cases import workloads
 from benchmarks.gpu import launches
 from srn_kernels import functional
 from srn_kernels.backends import triton as backend
-from srn_kernels.maths.matrix import padded
 
-pytestmark = pytest.mark.skipif(
-    backend.unavailable_reason() is not None, reason=f"triton: {backend.unavailable_reason()}"
-)
+pytestmark = [
+    pytest.mark.skipif(
+        backend.unavailable_reason() is not None, reason=f"triton: {backend.unavailable_reason()}"
+    ),
+    pytest.mark.usefixtures("small_tiles", "poisoned"),
+]
 if backend.unavailable_reason() is None:
     from srn_kernels.backends.tiling import layout
-    from srn_kernels.backends.tiling.config import KB, LaunchConfig
     from srn_kernels.backends.tiling.schedule import check
     from srn_kernels.backends.triton import launch
 
@@ -49,29 +42,6 @@ INTERPRETED = DEVICE == "cpu"
 WORKLOADS = workloads.load()
 EMPTY = torch.empty
 F32 = torch.float32
-
-
-@pytest.fixture(autouse=True)
-def small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Many tiles of few elements, so that small layers go through every phase."""
-
-    def config(device: torch.device, model_bytes: int, is_backward: bool) -> LaunchConfig:
-        return LaunchConfig(
-            programs=3,
-            block=8192,
-            tile_bytes=24 * KB,
-            min_rows=4,
-            max_slabs=40,
-            column_bytes=3 * KB,
-            lookahead_bytes=40 * KB,
-            protected_bytes=50 * KB,
-        )
-
-    monkeypatch.setattr(launch, "device_config", config)
-    monkeypatch.setattr(layout, "WIDEST_ROW", 1024)
-    launch.plan_for.cache_clear()
-    yield
-    launch.plan_for.cache_clear()
 
 
 @pytest.fixture
@@ -88,43 +58,11 @@ def plans(monkeypatch: pytest.MonkeyPatch) -> list[launch.Plan]:
     return made
 
 
-@pytest.fixture(autouse=True)
-def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Workspaces start as NaN: a sum that was not written shows."""
-
-    def poisoned_empty(*args, **kwargs) -> Tensor:
-        t = EMPTY(*args, **kwargs)
-        return t.fill_(math.nan) if t.is_floating_point() else t
-
-    monkeypatch.setattr(torch, "empty", poisoned_empty)
-
-
-@pytest.mark.parametrize("name", WORKLOADS)
-def test_every_workload_scaled_down(name):
-    check_round(make_round([(torch.randn(s), 0) for s in scaled_down(name)]))
-
-
 @pytest.mark.parametrize("iterations", [0, 1, 3])
 @pytest.mark.parametrize("name", oracle.LAYOUTS)
 def test_layouts_and_odd_shapes(name, iterations):
     made = [oracle.make_weight(name, s, torch.float32) for s in SHAPES]
     check_round(make_round(made), iterations, skip_gradient=iterations)
-
-
-def test_mixed_dtypes_layouts_and_iterations_in_one_launch():
-    kinds = ["linear", "conv-transpose", "channels-last", "transposed", "linear"]
-    types = [torch.float32, torch.bfloat16, torch.float16]
-    made, outs, iterations = [], [], []
-    for i, dtype in enumerate(types):
-        for k, kind in enumerate(kinds):
-            shape = [(40, 144), (33, 96), (24, 27)][(i + k) % 3]
-            made.append(oracle.make_weight(kind, shape, dtype))
-            outs.append(types[(i + k) % 3])
-            iterations.append((1, 0, 2)[k % 3])
-    made.append((torch.randn(6, 9, 5, 5), 1))  # 25 elements from one row to the next
-    outs.append(None)
-    iterations.append(2)
-    check_round(make_round(made, outs), iterations)
 
 
 def test_unaligned_pointers():
@@ -136,37 +74,8 @@ def test_unaligned_pointers():
     check_round(make_round(made))
 
 
-@pytest.mark.parametrize("scale", [1e-11, 1e-6, 1.0, 1e12, 1e18])
-def test_range(scale):
-    check_range(backend, scale)
-
-
-@pytest.mark.parametrize("iterations", [0, 1, 2])
-def test_edge_cases(iterations):
-    check_edge_cases(backend, iterations)
-
-
-def test_evaluation_with_shrunk_and_negative_vectors():
-    check_evaluation_with_shrunk_and_negative_vectors(backend)
-
-
 def test_soft_bounds_and_gains():
     check_scaled_rounds(backend, F32)
-
-
-def test_a_repeated_round_has_the_same_bits():
-    check_a_repeated_round(backend)
-
-
-def test_projection_in_place_equals_the_forward():
-    for dtype in (torch.float32, torch.float16):
-        weights = [oracle.make_weight(k, (36, 144), dtype) for k in oracle.LAYOUTS]
-        made = make_round(weights)
-        projected = made.copy()
-        projected = projected._replace(outs=projected.weights)
-        made.normalize(1)
-        projected.normalize(1)
-        assert all(torch.equal(a, b) for a, b in zip(made.outs, projected.weights, strict=True))
 
 
 def test_runs_are_bit_identical_whatever_the_number_of_programs(monkeypatch, plans):
@@ -322,16 +231,6 @@ def test_a_captured_round_replays_with_what_the_weights_hold_then(plans):
         assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
     torch.cuda.synchronize()
     assert not any(slot.counters.any() for plan in plans for slot in plan.slots.all())
-
-
-def test_the_padding_of_a_rounds_state_stays_untouched():
-    made = make_round([(torch.randn(3, 5), 0), (torch.randn(7, 9), 0)])
-    made.normalize(1)
-    written = torch.zeros_like(made.round_state, dtype=torch.bool)
-    for (rows, columns), offset in zip([(3, 5), (7, 9)], made.offsets, strict=True):
-        written[offset : offset + rows] = True
-        written[offset + padded(rows) : offset + padded(rows) + columns] = True
-    assert torch.equal(~made.round_state.isnan(), written)
 
 
 def test_through_the_functional_core_with_gradients():

@@ -2,7 +2,7 @@
 
 The twin is the specification in a few lines: plain modules, the functional core called for one
 layer at a time, and for each layer one word for what its u and v are worth. ``--histories N`` runs
-more.
+more. Longer than other files: specification, events and refusals are read together.
 """
 
 from __future__ import annotations

@@ -9,12 +9,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils import parametrize
 from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import srn_kernels as srn
 from srn_kernels import functional
+from srn_kernels.core.guard import naming
 
 
 class Mute(Tensor):
@@ -129,6 +131,7 @@ def test_a_backend_asked_for_by_name_raises() -> None:
 @pytest.mark.parametrize(
     ("kind", "match"),
     [
+        (lambda w: w.to(torch.float8_e4m3fn), "float8"),
         (lambda w: w.to_sparse(), "torch.sparse_coo"),
         (lambda w: w.to_sparse_csr(), "torch.sparse_csr"),
         (lambda w: w.to_mkldnn(), "torch._mkldnn"),
@@ -163,6 +166,85 @@ def test_fake_tensors_are_refused_at_wrapping() -> None:
     with pytest.raises(TypeError, match="weight is a fake tensor"):
         srn.stable_rank_norm(fake)
     assert not srn.is_normalized(plain)
+
+
+class Plain(Tensor):
+    """A subclass that is what its storage holds."""
+
+
+class Partial(TwoTensor):
+    """Lacks one operation."""
+
+    lacking = None
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func is cls.lacking:
+            raise NotImplementedError(f"no {func}")
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+@pytest.mark.parametrize("name", ["cpu", "reference"])
+def test_a_subclass_that_is_memory_is_served_by_name(name: str) -> None:
+    if (reason := srn.available_backends()[name]) is not None:
+        pytest.skip(f"{name}: {reason}")
+    w, u, v = torch.randn(5, 6), state(5), state(6)
+    results = [
+        functional.stable_rank_normalize([x], [u.clone()], [v.clone()], [1.5], backend=name)[0]
+        for x in (w, w.as_subclass(Plain))
+    ]
+    assert torch.equal(*(r.as_subclass(Tensor) for r in results))
+
+
+def test_the_reference_takes_a_subclass_by_name() -> None:
+    w, u, v = torch.randn(5, 6), state(5), state(6)
+    pair = TwoTensor(w.clone(), w.clone())
+    call = functional.stable_rank_normalize
+    (out,) = call([pair], [u.clone()], [v.clone()], [1.5], backend="reference")
+    (expected,) = call([w], [u], [v], [1.5], backend="reference")
+    torch.testing.assert_close(out.a, expected)
+
+
+def test_a_vector_that_is_a_subclass() -> None:
+    layer = nn.Linear(4, 3)
+    b = layer.bias.detach().clone()
+    layer.bias = nn.Parameter(TwoTensor(b, b.clone()))
+    srn.spectral_norm(layer, "bias")
+    torch.testing.assert_close(srn.normalized_weight(layer, "bias").a, b / b.norm())
+
+
+@pytest.mark.parametrize("lacking", ["copy_", "abs"])  # abs is in isfinite
+def test_what_a_subclass_lacks_is_found_at_wrapping(lacking: str, monkeypatch) -> None:
+    monkeypatch.setattr(Partial, "lacking", getattr(torch.ops.aten, lacking).default)
+    layer, w = nn.Linear(4, 3), torch.randn(3, 4)
+    layer.weight = nn.Parameter(Partial(w, w.clone()))
+    with pytest.raises(TypeError, match="weight is a Partial, which cannot do the arithmetic"):
+        srn.spectral_norm(layer)
+
+
+def test_an_interrupt_is_no_error_of_the_subclass() -> None:
+    with pytest.raises(KeyboardInterrupt), naming("weight", torch.ones(1)):
+        raise KeyboardInterrupt
+
+
+def test_tracing_records_the_kernels_op() -> None:
+    if srn.available_backends()["cpu"] is not None:
+        pytest.skip("needs the cpu backend")
+
+    def normalize(w: Tensor, u: Tensor, v: Tensor) -> Tensor:
+        return functional.stable_rank_normalize([w], [u], [v], [1.5])[0]
+
+    graph = make_fx(normalize, tracing_mode="fake")(torch.randn(5, 6), state(5), state(6))
+    assert "'cpu'" in graph.code
+    assert "'reference'" not in graph.code
+
+
+def test_a_mode_of_fake_tensors_is_refused_for_real_weights() -> None:
+    layer = nn.Linear(4, 4)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with mode, pytest.raises(TypeError, match="weight is a fake tensor"):
+        srn.spectral_norm(layer)
+    assert not srn.is_normalized(layer)
 
 
 def test_a_mode_that_looks_on_changes_nothing() -> None:

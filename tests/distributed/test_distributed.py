@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.distributed as dist
-from distributed import batch, run_checks, same_on_all_ranks
+from distributed import batch, in_two_processes, same_on_all_ranks
 from models import Discriminator, is_raw, wrapped_layers
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
@@ -208,12 +208,4 @@ CHECKS: dict[str, Callable[[int, int], None]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def failures(tmp_path_factory) -> dict[str, str]:
-    return run_checks(tmp_path_factory.mktemp("ranks"), CHECKS)
-
-
-@pytest.mark.parametrize("name", CHECKS)
-def test_two_processes(name: str, failures: dict[str, str]) -> None:
-    if name in failures:
-        pytest.fail(failures[name], pytrace=False)
+failures, test_two_processes = in_two_processes(CHECKS)

@@ -10,18 +10,14 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from distributed import batch, run_checks
+from distributed import UV, assert_same, batch, in_two_processes, whole
 from models import Discriminator, is_raw, state, wrapped_layers
+from tensor_parallel import CHECKS as TENSOR_PARALLEL
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
-from torch.distributed.tensor.parallel import (
-    ColwiseParallel,
-    RowwiseParallel,
-    parallelize_module,
-)
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
@@ -53,18 +49,6 @@ TYPES = [nn.Linear, nn.Conv2d, nn.ConvTranspose2d, nn.MultiheadAttention]
 
 def normalised(model: nn.Module, rank_ratio: float = 0.3) -> nn.Module:
     return srn.apply_stable_rank_norm(model, rank_ratio, layer_types=TYPES)
-
-
-def whole(t: Tensor) -> Tensor:
-    return t.full_tensor() if isinstance(t, DTensor) else t
-
-
-def assert_same(model: nn.Module, expected: nn.Module, rtol: float = 1e-9) -> None:
-    want = expected.state_dict()
-    found = {k: whole(v) for k, v in model.state_dict().items()}
-    assert found.keys() == want.keys()
-    for key, value in found.items():
-        torch.testing.assert_close(value, want[key], rtol=rtol, atol=rtol * 1e-2, msg=key)
 
 
 def shard(model: nn.Module, nested: bool, **keywords) -> None:
@@ -120,9 +104,6 @@ def fsdp2(
         with torch.no_grad():
             torch.testing.assert_close(model(x), single(x), rtol=1e-9, atol=1e-11)
     assert all(torch.equal(v, before_state[k]) for k, v in state(model).items())
-
-
-UV = ("_u", "_v")
 
 
 def other_kinds(rank: int, world: int) -> None:
@@ -303,98 +284,6 @@ def look_and_take_off(rank: int, world: int) -> None:
 # --- tensor parallelism --------------------------------------------------------------------------
 
 
-class Blocks(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b = nn.Linear(12, 10), nn.Linear(10, 8, bias=False)
-        self.c, self.d = nn.Linear(8, 9), nn.Linear(9, 1)  # 9: the ranks hold 5 and 4 rows
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.d(torch.tanh(self.c(torch.tanh(self.b(torch.tanh(self.a(x)))))))
-
-
-PLAN = {
-    "a": ColwiseParallel(),
-    "b": RowwiseParallel(),
-    "c": ColwiseParallel(output_layouts=Replicate()),
-}
-
-
-def tensor_parallel(rank: int, world: int, *, before: bool, training: bool) -> None:
-    torch.manual_seed(4)
-    single = srn.apply_stable_rank_norm(Blocks().double(), 0.4).train(training)
-    mesh = init_device_mesh("cpu", (world,))
-    if before:
-        model = parallelize_module(copy.deepcopy(single), mesh, PLAN)
-    else:
-        model = Blocks().double()
-        model.load_state_dict({k: v for k, v in single.state_dict().items() if k[-2:] not in UV})
-        srn.apply_stable_rank_norm(parallelize_module(model, mesh, PLAN), 0.4).train(training)
-    assert model.a.weight.placements == (Shard(0),)
-    assert model.b.weight.placements == (Shard(1),)
-    optimisers = [torch.optim.Adam(m.parameters(), 1e-2) for m in (model, single)]
-    x = torch.randn(5, 12, dtype=torch.float64)
-    for _ in range(5):
-        for m, optimiser in zip((model, single), optimisers, strict=True):
-            optimiser.zero_grad()
-            (m(x).square().sum() + m(-x).sum()).backward()
-            optimiser.step()
-    assert_same(model, single)
-    torch.testing.assert_close(model.eval()(x), single.eval()(x), rtol=1e-9, atol=1e-11)
-    assert is_raw(model)
-
-
-def tensor_parallel_checkpointed(rank: int, world: int) -> None:
-    torch.manual_seed(4)
-    single = srn.apply_stable_rank_norm(Blocks().double(), 0.4)
-    model = parallelize_module(copy.deepcopy(single), init_device_mesh("cpu", (world,)), PLAN)
-    x = torch.randn(5, 12, dtype=torch.float64, requires_grad=True)
-    for reentrant in (True, False):
-        for m in (model, single):
-            m.zero_grad()
-            checkpoint(m, x, use_reentrant=reentrant).square().sum().backward()
-        for p, q in zip(model.parameters(), single.parameters(), strict=True):
-            torch.testing.assert_close(whole(p.grad), q.grad, rtol=1e-9, atol=1e-11)
-    assert_same(model, single)
-
-
-def tensor_parallel_limits(rank: int, world: int) -> None:
-    """What cannot work says so, by name."""
-    mesh = init_device_mesh("cpu", (world,))
-    model = srn.apply_stable_rank_norm(parallelize_module(Blocks(), mesh, PLAN), 0.4)
-    x = torch.randn(5, 12)
-    single = copy.deepcopy(model)
-    with pytest.raises(Exception, match="round over DTensor weights runs eagerly"):
-        torch.compile(model, backend="eager", fullgraph=True)(x)
-    torch._dynamo.reset()
-    compiled = torch.compile(model, backend="aot_eager")
-    for _ in range(2):
-        for call in (compiled, single):
-            call(x).square().sum().backward()
-    for p, q in zip(model.parameters(), single.parameters(), strict=True):
-        torch.testing.assert_close(whole(p.grad), whole(q.grad))
-    assert is_raw(model)
-    conv = nn.Conv2d(4, 4, 4)
-    conv.weight = nn.Parameter(distribute_tensor(conv.weight.detach(), mesh, [Shard(3)]))
-    with pytest.raises(NotImplementedError, match="weight is placed as"):
-        srn.spectral_norm(conv)
-    assert not srn.is_normalized(conv)
-    for keywords in ({"gradient": "exact"}, {"preserve": 2}):
-        layer = parallelize_module(nn.Linear(4, 4), mesh, ColwiseParallel())
-        with pytest.raises(NotImplementedError, match="weight is a DTensor, for which there is"):
-            srn.stable_rank_norm(layer, **keywords)
-        assert not srn.is_normalized(layer)
-
-
-def torchs_own_fails_with_tensor_parallelism(rank: int, world: int) -> None:
-    mesh = init_device_mesh("cpu", (world,))
-    model = Blocks()
-    for layer in model.children():
-        parametrizations.spectral_norm(layer)
-    with pytest.raises(Exception, match=r"already exists|parameter name"):
-        parallelize_module(model, mesh, PLAN)
-
-
 def edge_cases(rank: int, world: int) -> None:
     """Zero, non-finite, vector-like and unevenly split weights, against one process."""
     mesh = init_device_mesh("cpu", (world,))
@@ -466,26 +355,9 @@ CHECKS: dict[str, Callable[[int, int], None]] = {
     "initialised after sharding": initialised_after_sharding,
     "distributed checkpoint": distributed_checkpoint,
     "look and take off": look_and_take_off,
-    **{
-        f"TP, normalised first={b}, training={t}": functools.partial(
-            tensor_parallel, before=b, training=t
-        )
-        for b in (True, False)
-        for t in (True, False)
-    },
-    "TP, checkpointed": tensor_parallel_checkpointed,
-    "TP, limits": tensor_parallel_limits,
-    "torch's own fails with TP": torchs_own_fails_with_tensor_parallelism,
     "edge cases": edge_cases,
+    **TENSOR_PARALLEL,
 }
 
 
-@pytest.fixture(scope="module")
-def failures(tmp_path_factory) -> dict[str, str]:
-    return run_checks(tmp_path_factory.mktemp("ranks"), CHECKS)
-
-
-@pytest.mark.parametrize("name", CHECKS)
-def test_two_processes(name: str, failures: dict[str, str]) -> None:
-    if name in failures:
-        pytest.fail(failures[name], pytrace=False)
+failures, test_two_processes = in_two_processes(CHECKS)

@@ -1,50 +1,22 @@
-"""Theorem 1, Algorithms 1 and 3 and the power method, against SVDs and brute-force optimisation."""
+"""Theorem 1 and Algorithms 1 and 3, against SVDs and brute-force optimisation."""
 
 from __future__ import annotations
 
 import itertools
-import json
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy.optimize import minimize
+from spectra import matrices, quick, srank, values
 from torch import Tensor
 
 from srn_kernels import linalg
-from srn_kernels.maths import turning
 
 METHODS = ("power", "svd")
-WORKLOADS = Path(__file__).parents[2] / "benchmarks" / "cases" / "workloads.json"
-quick = settings(
-    max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
-)
-
-
-def values(x: Tensor) -> Tensor:
-    return torch.linalg.svdvals(x.double())
-
-
-def svd_rounding(w: Tensor) -> float:
-    """How far ``values`` may be off, as numpy and MATLAB bound it for a rank: n eps s_1."""
-    return max(w.shape) * torch.finfo(torch.float64).eps * float(values(w)[0])
-
-
-def srank(x: Tensor) -> float:
-    s = values(x)
-    return float((s / s[0]).square().sum())
-
-
-def spectrum(s: list[float] | Tensor, rows: int, columns: int, dtype=torch.float64) -> Tensor:
-    """A matrix with these singular values and random singular vectors."""
-    s = torch.as_tensor(s, dtype=torch.float64)
-    u = torch.linalg.qr(torch.randn(rows, len(s), dtype=torch.float64)).Q
-    v = torch.linalg.qr(torch.randn(columns, len(s), dtype=torch.float64)).Q
-    return ((u * s) @ v.T).to(dtype)
 
 
 def algorithm_1(w: np.ndarray, r: float, k: int) -> tuple[np.ndarray, int]:
@@ -228,23 +200,6 @@ def test_a_batch_is_its_matrices(method: str) -> None:
 # --- properties over random matrices -------------------------------------------------------------
 
 
-@st.composite
-def matrices(draw: st.DrawFn) -> tuple[Tensor, str]:
-    """Rank-deficient, repeated singular values, extreme aspect ratios, extreme scales."""
-    dtype = draw(st.sampled_from([torch.float64, torch.float32]))
-    low, high = (-20, 20) if dtype == torch.float64 else (-11, 18)
-    scale = 10.0 ** draw(st.integers(low, high))
-    smaller = draw(st.integers(1, 12))
-    larger = draw(st.sampled_from([smaller, smaller + 3, 64, 900]))
-    rank = draw(st.integers(1, smaller))
-    # A gap of 2 % or none at all, anywhere in the spectrum.
-    steps = draw(st.lists(st.sampled_from([1.0, 0.98, 0.7, 0.1]), min_size=rank, max_size=rank))
-    s = scale * np.cumprod([1.0, *steps[1:]])
-    torch.manual_seed(draw(st.integers(0, 1000)))
-    shape = (smaller, larger) if draw(st.booleans()) else (larger, smaller)
-    return spectrum(s, *shape, dtype), str(s)
-
-
 # Errors of W_hat from a computed decomposition, relative to s_1, for each arithmetic.
 _RELATIVE = {torch.float64: 1e-8, torch.float32: 2e-5}
 
@@ -289,118 +244,6 @@ def test_properties_of_the_clip(case: tuple[Tensor, str], share: float) -> None:
     assert error <= (1e-7 if w.dtype == torch.float64 else 1e-4)
 
 
-@quick
-@given(matrices(), st.integers(1, 12), st.sampled_from([1, 2, 9, 1000]))
-def test_the_certified_residual_holds(case: tuple[Tensor, str], k: int, iterations: int) -> None:
-    w, _ = case
-    k = min(k, *w.shape)
-    found = linalg.top_singular(w, k, iterations=iterations)
-    u, s, v = (t.double() for t in found)
-    expected = values(w)[:k]
-    assert found.iterations <= iterations
-    # The residual bounds the rounding of the one side, that of the SVD is the other's.
-    other = svd_rounding(w)
-    assert ((s - expected).abs() <= found.residual.double() + other).all()
-    # It is what it says, recomputed in float64, which rounds too.
-    w64 = w.double()
-    for a, b in ((w64 @ v, u * s), (w64.T @ u, v * s)):
-        assert ((a - b).norm(dim=0) <= found.residual.double() + other).all()
-    unit = 1e-12 if w.dtype == torch.float64 else 1e-5
-    for basis in (u, v):
-        assert (basis.T @ basis - torch.eye(k)).abs().max() <= unit
-    assert (s.diff() <= 1e-6 * s[0]).all()
-    if found.converged:
-        torch.testing.assert_close(s, expected, rtol=0, atol=float(1e-5 * expected[0]))
-
-
-# --- the power method ----------------------------------------------------------------------------
-
-
-def _scaled_down() -> list[tuple[int, int]]:
-    """Every shape of the workloads, both sides over 8 but at least 1."""
-    records = json.loads(WORKLOADS.read_text()).values()
-    shapes = {(rows, columns) for record in records for rows, columns, _ in record["layers"]}
-    small = {(max(1, -(-rows // 8)), max(1, -(-columns // 8))) for rows, columns in shapes}
-    return sorted(s for s in small if s[0] * s[1] <= 100_000)
-
-
-@pytest.mark.parametrize("kind", ["gaussian", "flat"])
-def test_power_method_against_svd_on_workload_shapes(kind: str) -> None:
-    for rows, columns in _scaled_down():
-        w = torch.randn(rows, columns)
-        if kind == "flat":  # as after training: all values near 1, hardly a gap
-            w = w * (0.1 / (rows**0.5 + columns**0.5)) + torch.eye(rows, columns)
-        k = min(4, rows, columns)
-        found = linalg.top_singular(w, k)
-        expected = values(w)[:k]
-        error = (found.S.double() - expected).abs()
-        assert (error <= 1e-4 * expected).all(), (rows, columns)
-        assert (error <= found.residual + svd_rounding(w)).all(), (rows, columns)
-        assert found.converged, (rows, columns)
-
-
-def test_power_is_deterministic_and_never_decomposes_w(monkeypatch: pytest.MonkeyPatch) -> None:
-    w = torch.randn(300, 200)
-    first = linalg.top_singular(w, 3)
-    torch.manual_seed(123)
-    decompose = torch.linalg.svd
-
-    def small_only(a: Tensor, *arguments, **keywords):
-        assert max(a.shape) <= 8 * (8 + 4)
-        return decompose(a, *arguments, **keywords)
-
-    monkeypatch.setattr(torch.linalg, "svd", small_only)
-    again = linalg.top_singular(w, 3)
-    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
-    linalg.nearest_with_stable_rank(w, 5.0, 2)
-    top = float(first.S[0])
-    linalg.spectral_clip(w, 0.99 * top)
-    with pytest.raises(AssertionError):
-        linalg.nearest_with_stable_rank(w, 5.0, 2, method="svd")
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_the_power_space_of_a_low_rank_matrix_runs_out(dtype: torch.dtype) -> None:
-    """Then the block Krylov space has no further directions, and zero columns to orthogonalise."""
-    for rows, columns in ((120, 80), (80, 120), (64, 64)):
-        for s in ([1.0], [1.0, 1.0, 0.5], [1.0, 0.1, 1e-3, 1e-3]):
-            for w in (spectrum(s, rows, columns, dtype), torch.eye(rows, columns, dtype=dtype)):
-                for k in (1, 4):
-                    found = linalg.top_singular(w, k)
-                    assert found.converged
-                    error = (found.S.double() - values(w)[:k]).abs()
-                    assert (error <= found.residual + svd_rounding(w)).all()
-                    for basis in (found.U, found.V):
-                        off = basis.T @ basis - torch.eye(k, dtype=dtype)
-                        assert off.abs().max() <= 50 * torch.finfo(dtype).eps
-
-
-def test_iterations_and_tolerance_are_kept() -> None:
-    w = spectrum(torch.linspace(1, 0.99, 200), 220, 200)
-    few, many = linalg.top_singular(w, 2, iterations=3), linalg.top_singular(w, 2, tol=1e-9)
-    assert few.iterations == 3
-    assert not few.converged
-    assert many.converged
-    assert few.residual.max() > many.residual.max()
-    # tol, and the rounding that the residual always holds: 4 |W|_F + sqrt(n) s_1 = 74 s_1 eps
-    assert float(many.residual.max()) <= 1.1e-9 * float(many.S[0])
-    _, s, _ = many  # a plain triple
-    torch.testing.assert_close(s, values(w)[:2], rtol=0, atol=2 * svd_rounding(w))
-    assert linalg.top_singular(w.half(), 2).S.dtype == torch.float32
-
-
-def test_agreement_where_the_gap_is_one_percent() -> None:
-    for rows, columns in [(60, 500), (400, 30), (90, 90)]:
-        tail = torch.linspace(0.98, 0.5, min(rows, columns) - 3)
-        w = spectrum([1.0, 0.999, 0.99, *tail], rows, columns)
-        for k, r in ((3, 6.0), (0, 4.0)):
-            power = linalg.nearest_with_stable_rank(w, r, k)
-            svd = linalg.nearest_with_stable_rank(w, r, k, method="svd")
-            if k:  # at k = 0 the gap below s_1 is a tenth of a percent
-                torch.testing.assert_close(power[0], svd[0], rtol=0, atol=1e-7)
-            assert power[1:] == (svd[1], pytest.approx(svd[2], rel=1e-4))
-
-
 # --- Algorithm 3 ---------------------------------------------------------------------------------
 
 
@@ -421,88 +264,6 @@ def test_clip_is_the_projection_on_a_convex_set(method: str) -> None:
     assert torch.equal(linalg.spectral_clip(w, 1e3, method=method), w)
     assert linalg.spectral_clip(torch.zeros(0, 3), 1.0, method=method).shape == (0, 3)
     assert not linalg.spectral_clip(torch.zeros(2, 3), 1.0, method=method).any()
-
-
-# --- derivatives ---------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("shape", [(6, 4), (4, 6), (2, 5, 4)])
-def test_gradients_against_finite_differences(method: str, shape: tuple[int, ...]) -> None:
-    w = torch.randn(shape, dtype=torch.float64, requires_grad=True)
-    for r, k in ((1.0, 1), (1.4, 0), (1.5, 1), (2.1, 3), (9.0, 2)):
-        assert torch.autograd.gradcheck(
-            lambda w, r=r, k=k: linalg.nearest_with_stable_rank(w, r, k, method=method)[0],
-            (w,),
-            rtol=1e-6,
-            atol=1e-8,
-        )
-    for limit in (0.5, 1.5, 2.5):
-        assert torch.autograd.gradcheck(
-            lambda w, s=limit: linalg.spectral_clip(w, s, method=method), (w,), rtol=1e-6, atol=1e-8
-        )
-    # Signs of u and v are arbitrary, but do not change with a small step.
-    assert torch.autograd.gradcheck(
-        lambda w: tuple(linalg.top_singular(w, 3, tol=1e-13)), (w,), rtol=1e-6, atol=1e-8
-    )
-    assert torch.autograd.gradcheck(linalg.stable_rank, (w,), rtol=1e-6, atol=1e-8)
-
-
-def test_gradients_with_repeated_values_are_those_of_the_spectral_function() -> None:
-    """s_1 = s_2 kept together, and equal values among the rest: W_hat is differentiable there."""
-    w = spectrum([2, 2, 1, 1, 0.5], 6, 5).requires_grad_()
-    for method in METHODS:
-        assert torch.autograd.gradcheck(
-            lambda w, m=method: linalg.spectral_clip(w, 1.5, method=m), (w,), rtol=1e-6, atol=1e-8
-        )
-        g = torch.randn_like(w)
-        for k in (1, 2):  # k = 1 cuts through a repeated value: bounded, not meaningful
-            x, _, _ = linalg.nearest_with_stable_rank(w, 2.2, k, method=method)
-            (grad,) = torch.autograd.grad(x, w, g)
-            assert grad.isfinite().all()
-
-
-def test_second_derivatives_are_refused() -> None:
-    w = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
-    x, _, _ = linalg.nearest_with_stable_rank(w, 1.3)
-    (grad,) = torch.autograd.grad(x.square().sum(), w, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
-
-
-def test_turning_solves_its_equations_and_stays_bounded() -> None:
-    w = spectrum([3.0, 2.9, 2.0, 1.0], 7, 5)
-    for k in (1, 2):
-        u, s, vt = torch.linalg.svd(w)
-        u, s, v = u[:, :k], s[:k], vt[:k].T
-        a, b = torch.randn(7, k).double(), torch.randn(5, k).double()
-        x, y = (t / s for t in turning.turning(w, u, s, v, a, b))
-        a, b = a - u @ (u.T @ a), b - v @ (v.T @ b)
-        torch.testing.assert_close(s * x - w @ y, a, rtol=0, atol=1e-9)
-        torch.testing.assert_close(s * y - w.T @ x, b, rtol=0, atol=1e-9)
-        assert max((u.T @ x).abs().max(), (v.T @ y).abs().max()) < 1e-12
-
-
-@pytest.mark.parametrize("dtype", turning.ACCURACY)
-def test_turning_stays_bounded_where_it_is_not_determined(dtype: torch.dtype) -> None:
-    gap = turning.ACCURACY[dtype].gap
-    cases = [torch.eye(6, 4)]  # every singular value is 1
-    cases += [
-        spectrum([1.0, 1.0 - tiny, *torch.linspace(0.9, 0.1, 20)], 40, 30) for tiny in (0, 1e-9)
-    ]
-    for case in cases:
-        w = case.to(dtype)
-        u, s, vt = torch.linalg.svd(w, full_matrices=False)
-        random = [
-            torch.nn.functional.normalize(torch.randn(n, 1, dtype=dtype), dim=0) for n in w.shape
-        ]
-        for u1, v1 in ((u[:, :1], vt[:1].T), random):  # not converged: the system is indefinite
-            sigma = (u1.T @ w @ v1)[0].abs()
-            a, b = (torch.randn(n, 1, dtype=dtype) for n in w.shape)
-            x, y = turning.turning(w, u1, sigma, v1, a, b)
-            side = (a.norm() + b.norm()) * (1 + s[0] / sigma)
-            assert x.norm() + y.norm() <= 3 * side * (1 + s[0] / sigma) / gap
-            assert turning.turning(w, u1, sigma, v1, 0 * a, 0 * b)[0].norm() == 0
 
 
 # --- wrong arguments -----------------------------------------------------------------------------

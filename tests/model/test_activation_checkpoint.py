@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from models import Discriminator, images, is_raw, same_state, state
+from models import Discriminator, images, is_raw, same_state, state, wrapped
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.nn.utils import spectral_norm as legacy_spectral_norm
@@ -291,3 +291,38 @@ def test_a_round_in_groups_is_recomputed(groups: int) -> None:
     train(model, lambda x: checkpoint(model, x, use_reentrant=False))
     train(plain, plain)
     assert_same_model(model, plain)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_activation_checkpointing_changes_nothing(reentrant: bool) -> None:
+    class Checkpointed(Discriminator):
+        def forward(self, x):
+            y = checkpoint(self.conv, x, use_reentrant=reentrant)
+            y = checkpoint(self.up, torch.relu(y), use_reentrant=reentrant)
+            return self.head(torch.relu(y).flatten(1))
+
+    plain = wrapped(double=True)
+    model = srn.apply_stable_rank_norm(Checkpointed().double(), 0.3)
+    model.load_state_dict(plain.state_dict())
+    x = images().double().requires_grad_()
+    for m in (plain, model):
+        m(x).square().sum().backward()
+    for p, q in zip(plain.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(q.grad, p.grad, rtol=1e-12, atol=1e-13)
+    assert same_state(model, state(plain))
+    assert is_raw(model)
+
+
+def test_ambiguous_recomputation_raises() -> None:
+    class Checkpointed(Discriminator):
+        def forward(self, x):
+            y = checkpoint(self.conv, x, use_reentrant=False)
+            return self.head(torch.relu(self.up(torch.relu(y))).flatten(1))
+
+    model = srn.apply_stable_rank_norm(Checkpointed(), 0.3)
+    loss = model(images()).sum() + model(images()).sum()
+    with pytest.raises(RuntimeError, match="shared_round"):
+        loss.backward()
+    with srn.shared_round(model):
+        loss = model(images()).sum() + model(images()).sum()
+    loss.backward()

@@ -8,17 +8,12 @@ import io
 
 import pytest
 import torch
-from models import Discriminator, images, is_raw, same_state, state
+from models import Discriminator, images, is_raw, same_state, state, wrapped
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
 import srn_kernels as srn
 from srn_kernels.model import begin
-
-
-def wrapped() -> Discriminator:
-    return srn.apply_stable_rank_norm(Discriminator(), 0.3)
-
 
 # --- another hand on the Parameter ----------------------------------------------------------------
 

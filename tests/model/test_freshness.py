@@ -82,6 +82,25 @@ def show_a_tensor(layer: nn.Linear, entry: NormalizedWeight) -> None:
     layer._parameters["weight"] = layer.weight.detach() * 3
 
 
+def in_a_tensor(layer: nn.Linear, entry: NormalizedWeight) -> None:
+    """A training forward over a tensor in the Parameter's place moves u and v of the layer."""
+    w = layer.weight.detach() * 2
+    torch.func.functional_call(layer, {"weight": w}, (torch.ones(1, 5),)).sum()
+
+
+def write_after_a_backward_and_a_round(layer: nn.Linear, entry: NormalizedWeight) -> None:
+    iterate(layer, entry)
+    backward(layer, entry)
+    iterate(layer, entry)  # u and v have moved since: this is no step of an optimiser
+    write(layer, entry)
+
+
+def write_after_a_backward_and_refresh(layer: nn.Linear, entry: NormalizedWeight) -> None:
+    backward(layer, entry)
+    refresh(layer, entry)
+    write(layer, entry)
+
+
 # What each event makes of UNSET, NEW, FRESH, STALE and UNSEEN.
 TABLE: dict[Callable, tuple[State, State, State, State, State]] = {
     write: (UNSET, NEW, STALE, STALE, UNSEEN),
@@ -97,6 +116,9 @@ TABLE: dict[Callable, tuple[State, State, State, State, State]] = {
     cast: (UNSET, NEW, FRESH, STALE, UNSEEN),
     refresh: (FRESH, FRESH, FRESH, FRESH, FRESH),
     show_a_tensor: (UNSET, NEW, FRESH, STALE, UNSEEN),
+    in_a_tensor: (FRESH, FRESH, FRESH, FRESH, UNSEEN),
+    write_after_a_backward_and_a_round: (STALE, STALE, STALE, STALE, STALE),
+    write_after_a_backward_and_refresh: (STALE, STALE, STALE, STALE, STALE),
 }
 
 

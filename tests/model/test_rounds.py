@@ -1,10 +1,8 @@
-"""What a round must get right while a model trains, evaluates, fails, nests and is copied."""
+"""What a round must get right while a model trains, evaluates and fails."""
 
 from __future__ import annotations
 
 import copy
-import pickle
-import threading
 
 import pytest
 import torch
@@ -13,43 +11,24 @@ from models import (
     images,
     is_raw,
     matrix,
+    plain_w_hat,
     same_state,
     sigma_max,
     state,
+    wrapped,
     wrapped_layers,
 )
 from torch import nn
 from torch.nn.utils import parametrizations
-from torch.utils.checkpoint import checkpoint
 
 import srn_kernels as srn
-from srn_kernels import functional
-
-
-def wrapped(rank_ratio: float = 0.3, double: bool = False) -> Discriminator:
-    model = Discriminator()
-    if double:
-        model.double()
-    return srn.apply_stable_rank_norm(model, rank_ratio)
-
-
-def plain_w_hat(layer: nn.Module, training: bool, u=None, v=None, rank_ratio: float = 0.3):
-    """W_hat by the functional core from copies of the layer's u, v; also the copies."""
-    dim = 1 if isinstance(layer, nn.ConvTranspose2d) else 0
-    u = (layer.weight_u if u is None else u).clone()
-    v = (layer.weight_v if v is None else v).clone()
-    target = max(1.0, rank_ratio * min(len(u), len(v)))
-    (out,) = functional.stable_rank_normalize(
-        [layer.weight], [u], [v], [target], dims=[dim], training=training
-    )
-    return out, u, v
 
 
 def test_forward_uses_w_hat_and_the_parameter_is_back_afterwards() -> None:
     model, x = wrapped(), images()
     expected = {}
     for layer in wrapped_layers(model):
-        expected[id(layer)], _, _ = plain_w_hat(layer, training=True)
+        expected[id(layer)], _, _ = plain_w_hat(layer)
     seen = {}
     for layer in wrapped_layers(model):
         layer.register_forward_pre_hook(lambda m, _: seen.__setitem__(id(m), m.weight))
@@ -61,7 +40,7 @@ def test_forward_uses_w_hat_and_the_parameter_is_back_afterwards() -> None:
 
 def test_training_forward_moves_u_and_v_exactly_once() -> None:
     model = wrapped()
-    expected = [plain_w_hat(layer, training=True)[1:] for layer in wrapped_layers(model)]
+    expected = [plain_w_hat(layer)[1:] for layer in wrapped_layers(model)]
     model(images())
     for layer, (u, v) in zip(wrapped_layers(model), expected, strict=True):
         assert torch.equal(layer.weight_u, u)
@@ -99,9 +78,7 @@ def test_two_forwards_before_one_backward() -> None:
     for x, sign, power in ((real, 1.0, 1), (fake, -2.0, 2)):
         params = dict(twin.named_parameters())
         for name, layer in twin.named_children():
-            params[f"{name}.weight"], layer.weight_u[:], layer.weight_v[:] = plain_w_hat(
-                layer, training=True
-            )
+            params[f"{name}.weight"], layer.weight_u[:], layer.weight_v[:] = plain_w_hat(layer)
         plain = Discriminator().double()
         out = torch.func.functional_call(plain, params, (x,))
         for total, g in zip(
@@ -130,19 +107,6 @@ def test_separate_backwards_for_real_and_fake_equal_the_joint_one() -> None:
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-12, atol=1e-13)
 
 
-def test_several_backwards_reach_one_round() -> None:
-    model, x = wrapped(double=True), images().double()
-    twin = copy.deepcopy(model)
-    with srn.shared_round(model):
-        first, second = model(x).sum(), model(-x).square().sum()
-    first.backward()
-    second.backward()
-    with srn.shared_round(twin):
-        (twin(x).sum() + twin(-x).square().sum()).backward()
-    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
-        torch.testing.assert_close(p.grad, q.grad, rtol=1e-12, atol=1e-13)
-
-
 def test_a_weight_changed_between_forward_and_backward_raises() -> None:
     model = wrapped()
     loss = model(images()).sum()
@@ -162,74 +126,6 @@ def test_a_layer_without_gradient_gets_none() -> None:
         model.features(images()).sum().backward()
     assert model.head.weight.grad is None
     assert model.conv.weight.grad is not None
-
-
-def test_shared_round_makes_one_iteration_and_one_w_hat() -> None:
-    model = wrapped()
-    once = copy.deepcopy(model)
-    with srn.shared_round(model):
-        model(images())
-        first = model.conv.weight
-        model(images())
-        assert model.conv.weight is first
-        assert not isinstance(first, nn.Parameter)
-    once(images())
-    assert same_state(model, state(once))
-    assert is_raw(model)
-
-
-def test_shared_round_serves_methods_other_than_forward() -> None:
-    model, x = wrapped().eval(), images()
-    expected = model.head(model.features(x))
-    with srn.shared_round(model):
-        seen = torch.nn.functional.conv2d(x, model.conv.weight, model.conv.bias, padding=1)
-        torch.testing.assert_close(
-            seen,
-            torch.nn.functional.conv2d(
-                x, srn.normalized_weight(model.conv), model.conv.bias, padding=1
-            ),
-        )
-        torch.testing.assert_close(model.head(model.features(x)), expected)
-
-
-def test_shared_round_without_gradients_is_replaced_when_they_are_wanted() -> None:
-    model = wrapped()
-    with torch.no_grad(), srn.shared_round(model):
-        model(images())
-        with torch.enable_grad():
-            model(images()).sum().backward()
-    assert all(p.grad is not None for p in model.parameters())
-
-
-def test_shared_round_follows_an_optimiser_step() -> None:
-    model = wrapped()
-    optimiser = torch.optim.SGD(model.parameters(), 1.0)
-    with srn.shared_round(model):
-        model(images()).sum().backward()
-        before = model.conv.weight.clone()
-        optimiser.step()
-        model(images())
-        seen = model.conv.weight.clone()
-    torch.testing.assert_close(seen, srn.normalized_weight(model.conv))
-    assert (seen - before).norm() > 0.1
-
-
-def test_method_other_than_forward_normalises_layer_by_layer() -> None:
-    model, x = wrapped().eval(), images()
-    whole = model(x)
-    torch.testing.assert_close(model.head(model.features(x)), whole, rtol=0, atol=0)
-    assert is_raw(model)
-
-
-def test_layer_called_without_its_root_iterates_in_training_only() -> None:
-    model = wrapped()
-    _, u, v = plain_w_hat(model.conv, training=True)
-    model.conv(images())
-    assert torch.equal(model.conv.weight_u, u)
-    assert torch.equal(model.conv.weight_v, v)
-    with torch.no_grad():
-        model.conv(images())
-    assert torch.equal(model.conv.weight_u, u)
 
 
 def test_evaluation_before_training_is_normalised() -> None:
@@ -264,95 +160,6 @@ def test_exception_inside_forward(error: type[BaseException]) -> None:
     assert "weight" not in model.conv.__dict__
     assert model.conv.weight is model.conv._parameters["weight"]
     assert not torch.equal(before, model.conv.weight_u)
-
-
-def test_nested_roots_are_normalised_once_each() -> None:
-    class Gan(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.g = nn.Conv2d(3, 3, 3, padding=1)
-            self.d = Discriminator()
-
-        def forward(self, z):
-            return self.d(self.g(z))
-
-    gan = Gan()
-    srn.apply_stable_rank_norm(gan.d, 0.3)
-    srn.apply_stable_rank_norm(gan, 1.0)
-    assert [len(m.__dict__["_srn_group"].current()) for m in (gan, gan.d)] == [1, 3]
-    assert len(srn.report(gan)) == 4
-    expected = {n: plain_w_hat(m, training=True)[1] for n, m in gan.d.named_children()}
-    gan(images()).sum().backward()
-    for name, layer in gan.d.named_children():
-        assert torch.equal(layer.weight_u, expected[name])
-    before = state(gan)
-    gan.d(images())  # alone: its own layers move, the generator's do not
-    assert torch.equal(gan.g.weight_u, before["g.weight_u"])
-    assert not torch.equal(gan.d.conv.weight_u, before["d.conv.weight_u"])
-    assert is_raw(gan)
-
-
-def test_a_root_that_calls_itself_reuses_its_round() -> None:
-    class Twice(Discriminator):
-        def forward(self, x, again: bool = True):
-            out = super().forward(x)
-            return out + self(x, again=False) if again else out
-
-    model = srn.apply_stable_rank_norm(Twice(), 0.3)
-    _, u, _ = plain_w_hat(model.conv, training=True)
-    model(images())
-    assert torch.equal(model.conv.weight_u, u)
-    assert is_raw(model)
-
-
-def test_four_threads_evaluate_one_model() -> None:
-    model, x = wrapped().eval(), images(4)
-    expected = model(x)
-    failures: list[str] = []
-    gate = threading.Barrier(4)
-
-    def work() -> None:
-        gate.wait()
-        for i in range(40):
-            with torch.set_grad_enabled(i % 2 == 0):
-                if not torch.equal(model(x), expected):
-                    failures.append(f"call {i}")
-
-    threads = [threading.Thread(target=work) for _ in range(4)]
-    for t in threads:
-        t.start()
-    for t in threads:
-        t.join()
-    assert not failures
-    assert is_raw(model)
-
-
-@pytest.mark.parametrize("rounds_before", [0, 2])
-def test_training_from_two_threads_raises(rounds_before: int) -> None:
-    model, x = wrapped(), images()
-    for _ in range(rounds_before):
-        model(x)
-    inside, leave = threading.Event(), threading.Event()
-
-    def wait(*_: object) -> None:
-        inside.set()
-        leave.wait(10)
-
-    model.head.register_forward_pre_hook(wait)
-    worker = threading.Thread(target=lambda: model(x))
-    worker.start()
-    inside.wait(10)
-    try:
-        for gradients in (True, False):
-            with (
-                torch.set_grad_enabled(gradients),
-                pytest.raises(RuntimeError, match="another thread"),
-            ):
-                model(x)
-    finally:
-        leave.set()
-        worker.join()
-    assert is_raw(model)
 
 
 @pytest.mark.parametrize("rank_ratio", [1.0, 0.3], ids=["SN", "SRN"])
@@ -423,7 +230,7 @@ def test_an_optimiser_step_is_not_stale() -> None:
     model.eval()(images())
     assert same_state(model, before)
     model.train()
-    _, u, _ = plain_w_hat(model.conv, training=True)
+    _, u, _ = plain_w_hat(model.conv)
     model(images())
     assert torch.equal(model.conv.weight_u, u)
 
@@ -439,147 +246,6 @@ def test_zero_weight_trains_away_from_zero() -> None:
         optimiser.step()
     assert model.conv.weight.abs().max() > 0
     assert all(p.isfinite().all() for p in model.parameters())
-
-
-def test_tied_weights_share_everything() -> None:
-    seen = []
-
-    class Tied(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.b = nn.Linear(6, 6, bias=False), nn.Linear(6, 6, bias=False)
-            self.b.weight = self.a.weight
-
-        def forward(self, x):
-            seen[:] = self.a.weight, self.b.weight
-            return self.b(self.a(x))
-
-    model = srn.apply_stable_rank_norm(Tied(), 0.5)
-    model(torch.randn(2, 6)).sum().backward()
-    assert seen[0] is seen[1]
-    assert len(srn.report(model)) == 1
-    keys = set(model.state_dict())
-    assert {"a.weight", "b.weight", "a.weight_u", "b.weight_u", "a.weight_v", "b.weight_v"} == keys
-    model.double().float()
-    model(torch.randn(2, 6))
-    assert model.a.weight_u is model.b.weight_u
-    twin = copy.deepcopy(model)
-    twin(torch.randn(2, 6))
-    assert twin.a.weight_u is twin.b.weight_u
-    assert twin.a.weight_u is not model.a.weight_u
-
-
-def test_attention_output_projection_is_normalised() -> None:
-    class Block(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
-
-        def forward(self, x):
-            return self.attention(x, x, x)[0]
-
-    model, x = Block(), torch.randn(2, 5, 8)
-    with torch.no_grad():
-        model.attention.out_proj.weight.mul_(10)
-    srn.apply_stable_rank_norm(model, 1.0).eval()
-    plain = srn.export(model)
-    expected = plain(x)
-    torch.testing.assert_close(model(x), expected)
-    torch.testing.assert_close(model.attention(x, x, x)[0], expected)  # without the root
-    model.train()(x).sum().backward()
-    assert model.attention.out_proj.weight.grad is not None
-    assert sigma_max(model.attention.out_proj) == pytest.approx(1.0, abs=1e-3)
-
-
-def test_deepcopy_keeps_its_own_layers() -> None:
-    model, x = wrapped(), images()
-    model(x).sum().backward()
-    twin = copy.deepcopy(model)
-    before = state(twin)
-    model(x)
-    assert same_state(twin, before)
-    assert not same_state(model, before)
-    assert all(a is not b for a, b in zip(wrapped_layers(twin), wrapped_layers(model), strict=True))
-    with torch.no_grad():
-        twin.conv.weight.zero_()
-    assert model.conv.weight.abs().sum() > 0
-
-
-def test_whole_module_pickle_continues_identically() -> None:
-    model, x = wrapped(), images()
-    model(x).sum().backward()
-    twin = pickle.loads(pickle.dumps(model))
-    for _ in range(2):
-        assert torch.equal(twin(x), model(x))
-    assert same_state(twin, state(model))
-    assert type(twin.conv) is nn.Conv2d
-
-
-def test_one_layer_pickles_and_copies_without_its_model() -> None:
-    model = wrapped()
-    model(images())
-    small, whole = len(pickle.dumps(model.conv)), len(pickle.dumps(model))
-    assert small < whole / 3
-    layer = copy.deepcopy(model.conv).eval()
-    torch.testing.assert_close(layer(images(1)).shape, model.conv.eval()(images(1)).shape)
-
-
-def test_a_replaced_layer_raises_and_is_reported() -> None:
-    model = wrapped()
-    model.head = nn.Linear(6 * 16 * 16, 2)
-    with pytest.raises(RuntimeError, match="'head' of Discriminator was replaced"):
-        model(images())
-    notes = {row.name: row.note for row in srn.report(model)}
-    assert "replaced" in notes["head.weight"]
-    srn.apply_stable_rank_norm(model, 0.3)
-    model(images())
-    assert srn.is_normalized(model.head)
-    model.head = nn.Linear(6 * 16 * 16, 2)
-    srn.fuse(model)
-    model(images())
-    assert not srn.is_normalized(model.head)
-
-
-def test_data_parallel_is_refused() -> None:
-    model = wrapped()
-    model._is_replica = True
-    with pytest.raises(RuntimeError, match="DataParallel"):
-        model(images())
-
-
-@pytest.mark.parametrize("reentrant", [True, False])
-def test_activation_checkpointing_changes_nothing(reentrant: bool) -> None:
-    class Checkpointed(Discriminator):
-        def forward(self, x):
-            y = checkpoint(self.conv, x, use_reentrant=reentrant)
-            y = checkpoint(self.up, torch.relu(y), use_reentrant=reentrant)
-            return self.head(torch.relu(y).flatten(1))
-
-    plain = wrapped(double=True)
-    model = srn.apply_stable_rank_norm(Checkpointed().double(), 0.3)
-    model.load_state_dict(plain.state_dict())
-    x = images().double().requires_grad_()
-    for m in (plain, model):
-        m(x).square().sum().backward()
-    for p, q in zip(plain.parameters(), model.parameters(), strict=True):
-        torch.testing.assert_close(q.grad, p.grad, rtol=1e-12, atol=1e-13)
-    assert same_state(model, state(plain))
-    assert is_raw(model)
-
-
-def test_ambiguous_recomputation_raises() -> None:
-    class Checkpointed(Discriminator):
-        def forward(self, x):
-            y = checkpoint(self.conv, x, use_reentrant=False)
-            return self.head(torch.relu(self.up(torch.relu(y))).flatten(1))
-
-    model = srn.apply_stable_rank_norm(Checkpointed(), 0.3)
-    loss = model(images()).sum() + model(images()).sum()
-    with pytest.raises(RuntimeError, match="shared_round"):
-        loss.backward()
-    with srn.shared_round(model):
-        loss = model(images()).sum() + model(images()).sum()
-    loss.backward()
 
 
 def test_per_layer_training_flags_decide() -> None:

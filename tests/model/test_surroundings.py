@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from models import Discriminator, images
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils import parametrizations, parametrize, remove_spectral_norm, weight_norm
 from torch.nn.utils import spectral_norm as legacy_spectral_norm
 
@@ -220,6 +221,8 @@ def test_fx_records_a_call_of_a_layer_and_is_refused_where_it_would_record_weigh
     assert torch.equal(torch.fx.symbolic_trace(calling)(x), calling(x))
     plain = srn.export(rooted)
     torch.testing.assert_close(torch.fx.symbolic_trace(plain)(x), rooted.eval()(x))
+    graph = make_fx(rooted)(x)  # which sees operations, and so W_hat
+    torch.testing.assert_close(graph(x), rooted(x))
 
 
 def test_per_sample_gradients_by_hooks_are_refused_and_torch_func_is_right() -> None:
@@ -240,6 +243,15 @@ def test_per_sample_gradients_by_hooks_are_refused_and_torch_func_is_right() -> 
     grads = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, x)
     model(x).square().sum().backward()
     torch.testing.assert_close(grads["0.weight"].sum(0), model[0].weight.grad)
+
+
+def test_per_sample_gradients_are_refused_behind_a_frozen_layer_too() -> None:
+    model = srn.apply_stable_rank_norm(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), 1.0)
+    model[0].requires_grad_(False)
+    for parameter in model[1].parameters():
+        parameter.grad_sample = None
+    with pytest.raises(RuntimeError, match=r"'1\.weight'.*opacus"):
+        model(torch.randn(3, 4))
 
 
 @pytest.mark.parametrize("other", [weight_norm, legacy_spectral_norm])

@@ -8,10 +8,12 @@ import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 
 def _work(rank: int, world: int, folder: str, checks: Mapping[str, Callable]) -> None:
@@ -62,3 +64,33 @@ def batch(world: int, rank: int, step: int, n: int = 2) -> tuple[Tensor, Tensor]
     generator = torch.Generator().manual_seed(1000 + step)
     whole = torch.randn(n * world, 3, 8, 8, generator=generator, dtype=torch.float64)
     return whole, whole[rank * n : (rank + 1) * n]
+
+
+UV = ("_u", "_v")
+
+
+def whole(t: Tensor) -> Tensor:
+    return t.full_tensor() if isinstance(t, DTensor) else t
+
+
+def assert_same(model: nn.Module, expected: nn.Module, rtol: float = 1e-9) -> None:
+    want = expected.state_dict()
+    found = {k: whole(v) for k, v in model.state_dict().items()}
+    assert found.keys() == want.keys()
+    for key, value in found.items():
+        torch.testing.assert_close(value, want[key], rtol=rtol, atol=rtol * 1e-2, msg=key)
+
+
+def in_two_processes(checks: Mapping[str, Callable]) -> tuple[Callable, Callable]:
+    """A fixture, to be named ``failures``, that runs all checks at once; and a test of each."""
+
+    @pytest.fixture(scope="module")
+    def failures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+        return run_checks(tmp_path_factory.mktemp("ranks"), checks)
+
+    @pytest.mark.parametrize("name", checks)
+    def test_two_processes(name: str, failures: dict[str, str]) -> None:
+        if name in failures:
+            pytest.fail(failures[name], pytrace=False)
+
+    return failures, test_two_processes

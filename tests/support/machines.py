@@ -22,9 +22,10 @@ TESTS = Path(__file__).resolve().parents[1]
 # Those that compare floating-point computations; test_cpu.py goes through our own instruction sets
 # by itself, and the kernels of the GPU backends do not run on the CPU.
 NUMERICAL = (
-    *("linalg", "reference", "functional", "autograd", "exact", "top_k", "bound", "projection"),
-    *("operator_norm", "parametrization", "precision", "convert", "loading", "migration"),
-    *("layers", "module_kinds", "rounds", "histories", "training", "activation_checkpoint"),
+    *("linalg", "power_method", "turning", "reference", "functional", "autograd", "exact", "top_k"),
+    *("bound", "projection", "operator_norm", "parametrization", "precision", "convert", "loading"),
+    *("migration", "layers", "looking", "module_kinds", "rounds", "shared_round", "copies"),
+    *("histories", "training", "activation_checkpoint"),
 )
 # name: (variables, instruction set of our kernels, expression that leaves tests out)
 PATIENT = {"OMP_WAIT_POLICY": "PASSIVE"}  # more threads than cores: who waits leaves the core

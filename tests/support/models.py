@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 import srn_kernels as srn
+from srn_kernels import functional
 
 
 class Discriminator(nn.Module):
@@ -58,3 +59,43 @@ def is_raw(model: nn.Module) -> bool:
         "weight" not in m.__dict__ and isinstance(m.weight, nn.Parameter)
         for m in wrapped_layers(model)
     )
+
+
+def wrapped(rank_ratio: float = 0.3, double: bool = False) -> Discriminator:
+    """A discriminator whose layers are all normalised."""
+    model = Discriminator()
+    if double:
+        model.double()
+    return srn.apply_stable_rank_norm(model, rank_ratio)
+
+
+def plain_w_hat(layer: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
+    """W_hat of a training forward by the functional core, from copies of u and v; and those."""
+    dim = 1 if isinstance(layer, nn.ConvTranspose2d) else 0
+    u, v = layer.weight_u.clone(), layer.weight_v.clone()
+    target = max(1.0, 0.3 * min(len(u), len(v)))  # the rank_ratio of wrapped
+    (out,) = functional.stable_rank_normalize([layer.weight], [u], [v], [target], dims=[dim])
+    return out, u, v
+
+
+def snapshot(model: nn.Module) -> dict[str, object]:
+    """What looking at a model, or a call that fails, must leave alone."""
+    found: dict[str, object] = {k: v.clone() for k, v in model.state_dict().items()}
+    for name, module in model.named_modules():
+        found[f"{name}: attributes"] = sorted(module.__dict__)
+        found[f"{name}: hooks"] = (
+            len(module._forward_pre_hooks),
+            len(module._forward_hooks),
+            len(module._load_state_dict_pre_hooks),
+        )
+    return found
+
+
+def assert_untouched(model: nn.Module, before: dict[str, object]) -> None:
+    after = snapshot(model)
+    assert after.keys() == before.keys()
+    for key, value in before.items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(value, after[key]), key
+        else:
+            assert value == after[key], key

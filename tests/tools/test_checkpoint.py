@@ -7,7 +7,8 @@ import copy
 import pytest
 import torch
 from models import Discriminator, images, state
-from peers import MODELS, SoftHook, add_hook, add_stable_rank_hook, pictures, trained
+from peer_hooks import SoftHook, add_hook, add_stable_rank_hook
+from peers import MODELS, OwnLinear, Wrapper, pictures, trained
 from torch import nn
 from torch.nn.utils import parametrizations
 from torch.nn.utils import spectral_norm as legacy_spectral_norm
@@ -63,6 +64,49 @@ def test_converted_models_go_back_to_the_code_they_came_from(name: str) -> None:
         torch.testing.assert_close(theirs.eval()(x), expected, rtol=3e-5, atol=3e-5)
 
 
+@pytest.mark.parametrize("transpose", [False, True], ids=["rows", "columns"])
+@pytest.mark.parametrize("iterations", [1, 3])
+def test_a_layer_class_whose_u_is_of_either_side(transpose: bool, iterations: int) -> None:
+    def make() -> nn.Module:
+        layer = OwnLinear(7, 5, transpose=transpose)
+        layer.num_itrs = iterations
+        return nn.Sequential(layer)
+
+    theirs, x = make(), torch.randn(6, 7)
+    theirs(x)  # far from converged: every step counts
+    checkpoint = copy.deepcopy(theirs.state_dict())
+    expected = theirs.eval()(x)
+    model = srn.convert_spectral_norm(theirs).eval()
+    fresh = srn.convert_spectral_norm(make()).eval()
+    fresh.load_state_dict(checkpoint)
+    for ours in (model, fresh):
+        torch.testing.assert_close(ours(x), expected, rtol=2e-6, atol=2e-6)
+    expected = stepped(model.train(), x).eval()(x)
+    found = srn.to_torch_state_dict(model, "original")
+    back = make().eval()
+    back.load_state_dict(found)
+    torch.testing.assert_close(back(x), expected, rtol=1e-5, atol=1e-5)
+    # what that code only looks at: sigma, and further singular vectors
+    w = model[0].weight.detach()
+    w = w.T if transpose else w
+    torch.testing.assert_close(found["0.sv0"], found["0.sv0"].new_tensor([sigma_of(model)]))
+    assert float((found["0.u0"] * found["0.u1"]).sum()) == pytest.approx(0, abs=1e-6)
+    torch.testing.assert_close(found["0.sv1"], (found["0.u1"] @ w).norm().reshape(1))
+
+
+def sigma_of(model: nn.Module) -> float:
+    return srn.report(model)[0].sigma
+
+
+def test_what_torchs_hook_logs_and_a_wrapper_keeps_is_written() -> None:
+    hooked = srn.convert_spectral_norm(nn.Sequential(add_hook(nn.Linear(8, 6), SoftHook, 0.7)))
+    found = srn.to_torch_state_dict(hooked, "original")
+    assert float(found["0.weight_sigma"]) == pytest.approx(sigma_of(hooked), rel=1e-6)
+    wrapped = srn.convert_spectral_norm(nn.Sequential(Wrapper(nn.Linear(8, 6))))
+    found = srn.to_torch_state_dict(wrapped, "original")
+    torch.testing.assert_close(found["0.module.weight_v"], wrapped[0].weight_v)
+
+
 def test_the_stable_rank_hook_and_the_soft_bound_at_their_own_settings() -> None:
     def make() -> nn.Module:
         return nn.Sequential(
@@ -100,6 +144,19 @@ def test_copies_keep_the_form_and_removal_forgets_it() -> None:
         srn.to_torch_state_dict(model, "original")
 
 
+@pytest.mark.parametrize("form", WRAPS)
+def test_a_replaced_weight_is_written_with_u_and_v_of_its_own(form: str) -> None:
+    layer = srn.spectral_norm(nn.Linear(7, 5), init_iterations=1000)
+    layer(torch.ones(1, 7))
+    layer.weight = nn.Parameter(torch.randn(5, 7))
+    found = srn.to_torch_state_dict(layer, form)
+    assert not any(t.requires_grad for t in found.values())
+    theirs = WRAPS[form](nn.Linear(7, 5)).eval()
+    theirs.load_state_dict(found)
+    theirs(torch.ones(1, 7))
+    assert torch.linalg.matrix_norm(theirs.weight.detach(), 2) == pytest.approx(1, abs=1e-5)
+
+
 def test_vectors_and_what_no_form_can_say() -> None:
     layer = srn.spectral_norm(nn.Linear(3, 4), "bias")
     theirs = parametrizations.spectral_norm(nn.Linear(3, 4), "bias")
@@ -114,6 +171,19 @@ def test_vectors_and_what_no_form_can_say() -> None:
         srn.to_torch_state_dict(zero)
     gained = srn.spectral_norm(nn.Linear(3, 4), gain=True)
     with pytest.raises(ValueError, match=r"weight: .*no gain"):
+        srn.to_torch_state_dict(gained)
+    bounded = srn.spectral_norm(nn.Linear(3, 4), sigma_max=2.0)
+    for form in WRAPS:
+        with pytest.raises(ValueError, match=r"weight: .*no sigma_max=2\.0"):
+            srn.to_torch_state_dict(bounded, form)
+    with torch.device("meta"):
+        unmade = srn.spectral_norm(nn.Linear(3, 4))
+    with pytest.raises(ValueError, match=r"weight: .*meta device"):
+        srn.to_torch_state_dict(unmade)
+    with (
+        srn.shared_round(gained),
+        pytest.raises(RuntimeError, match=r"to_torch_state_dict cannot be called inside"),
+    ):
         srn.to_torch_state_dict(gained)
     with pytest.raises(ValueError, match="form must be one of"):
         srn.to_torch_state_dict(gained, "torch")

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from models import Discriminator, images, is_raw, matrix, wrapped_layers
-from peers import add_stable_rank_hook
+from peer_hooks import add_stable_rank_hook
 from torch import nn
 from torch.nn.utils import parametrizations
 from torch.nn.utils import spectral_norm as legacy_spectral_norm

@@ -9,19 +9,15 @@ import warnings
 import pytest
 import torch
 from models import Discriminator, images
-from peers import (
-    ClassConditional,
+from peer_hooks import (
     ConvolutionHook,
     DetachedHook,
-    Mimicry,
-    OwnConv,
     ScaledHook,
-    SelfAttention,
     SoftHook,
-    Wrapper,
     add_hook,
     add_stable_rank_hook,
 )
+from peers import ClassConditional, Mimicry, OwnConv, SelfAttention, Wrapper
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune, weight_norm
 from torch.nn.utils import spectral_norm as legacy_spectral_norm
@@ -81,6 +77,60 @@ def test_what_only_resembles_torchs_hook_stays_and_is_named(kind: type, reason: 
         srn.convert_spectral_norm(nn.Sequential(odd))
     if kind is not ConvolutionHook:
         assert odd(images()).shape == before.shape
+
+
+def test_a_hook_that_is_odd_on_one_side_of_its_bound_stays() -> None:
+    class Odd(SoftHook):
+        def compute_weight(self, module: nn.Module, do_power_iteration: bool) -> torch.Tensor:
+            soft = super().compute_weight(module, do_power_iteration)
+            return soft * torch.where(module.weight_sigma > self.coeff, 0.5, 1.0)
+
+    with pytest.raises(ValueError, match="another weight"):
+        srn.convert_spectral_norm(nn.Sequential(add_hook(nn.Linear(6, 6), Odd, 1.0)))
+
+
+def test_hooks_of_another_dimension_and_of_no_stable_rank_are_taken() -> None:
+    turned = legacy_spectral_norm(nn.ConvTranspose2d(4, 6, 3))  # dim 1
+    hook = next(iter(turned._forward_pre_hooks.values()))
+    hook.__class__, hook.coeff = SoftHook, 0.3
+    turned.register_buffer("weight_sigma", torch.ones(1))
+    free = add_stable_rank_hook(nn.Linear(6, 5), 1.5)  # a ratio beyond 1 does nothing
+    for layer, x in ((turned, torch.randn(2, 4, 5, 5)), (free, torch.randn(2, 6))):
+        layer(x)
+        expected = layer.eval()(x)
+        model = srn.convert_spectral_norm(nn.Sequential(layer))
+        torch.testing.assert_close(model(x), expected, rtol=2e-6, atol=2e-6)
+    assert srn.report(model)[0].target == float("inf")
+
+
+@pytest.mark.parametrize("zero", [False, True])
+def test_a_vector_is_taken_with_u_and_v_of_its_own(zero: bool) -> None:
+    layer = nn.Linear(3, 4)
+    if zero:
+        nn.init.zeros_(layer.bias)
+    model = nn.Sequential(parametrizations.spectral_norm(layer, "bias")).eval()
+    expected = model(torch.ones(1, 3))
+    srn.convert_spectral_norm(model)
+    torch.testing.assert_close(model(torch.ones(1, 3)), expected)
+    assert model[0].bias_v.isfinite().all()
+
+
+def test_nothing_of_the_other_code_stays() -> None:
+    layer, own = legacy_spectral_norm(nn.Linear(4, 4)), OwnConv(3, 4, 3)
+    srn.convert_spectral_norm(nn.Sequential(layer, nn.Sequential(own)))
+    assert not layer._state_dict_hooks
+    assert not {"num_itrs", "num_svs", "transpose", "eps"}.intersection(own.__dict__)
+
+
+def test_what_cannot_be_served_is_named_and_nothing_changes() -> None:
+    layer, small = legacy_spectral_norm(nn.Linear(4, 4)), OwnConv(3, 4, 3)
+    dead = next(n for n, reason in srn.available_backends().items() if reason)
+    with pytest.raises(RuntimeError, match=r"0\.weight: backend"):
+        srn.convert_spectral_norm(nn.Sequential(layer), backend=dead)
+    assert "weight_orig" in layer._parameters
+    small.u0 = torch.ones(1, 3)
+    with pytest.raises(ValueError, match="its u has 3 elements, a 4 x 27 matrix needs others"):
+        srn.convert_spectral_norm(nn.Sequential(small))
 
 
 def test_forms_that_are_not_known_are_left() -> None:

@@ -88,7 +88,7 @@ def test_vector_equals_torch() -> None:
     [
         ({"rank_ratio": 0}, ValueError, "rank_ratio"),
         ({"n_power_iterations": 0}, ValueError, "n_power_iterations"),
-        ({"dim": 2}, ValueError, "dim 2"),
+        ({"dim": 2}, ValueError, "dim = 2"),
     ],
 )
 def test_bad_settings(keywords, error, message) -> None:

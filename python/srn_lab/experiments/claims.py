@@ -1,4 +1,7 @@
-"""The paper's sentences that an experiment can test, each a named function over stored rows."""
+"""The paper's sentences that an experiment can test, each a named function over stored rows.
+
+Longer than other files because the sentences are one list, in the paper's order.
+"""
 
 from __future__ import annotations
 

@@ -101,6 +101,7 @@ class Preset:
         )
 
 
+# Each preset writes out all that its experiments depend on, so that the three read alike.
 _SMOKE = Preset(
     name="smoke",
     seeds=1,

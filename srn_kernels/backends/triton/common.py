@@ -4,6 +4,9 @@ A weight is (outer, rows, inner) in memory; column j = a * inner + b of matrix r
 (a * rows + r) * inner + b. A block is BR rows by BA * BB columns of it; WHOLE blocks hold complete
 rows, so that s = W v and W^T s come from one read. A variant, a tuple of constants, is one body for
 blocks of one shape and one set of dtypes; a launch compiles the variants that its layers need.
+
+Every tile's function names its variant's constants first, because a constexpr is bound where it is
+used; both kernels take their tiles in the same lines, which bind what the rest of the loop uses.
 """
 
 from __future__ import annotations
