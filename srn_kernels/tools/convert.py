@@ -35,12 +35,12 @@ class _Taken(NamedTuple):
 
 @takes_options(without=("preserve", "dim", "rule"), n_power_iterations=None, eps=None)
 def convert_spectral_norm(
-    model: nn.Module,
+    model: wrap.M,
     rank_ratio: float = 1.0,
     *,
     groups: int = 1,
     **options: Unpack[Options],
-) -> nn.Module:
+) -> wrap.M:
     """Takes over every spectral norm in a model that is known and fuses them into one round.
 
     It takes torch.nn.utils.spectral_norm, torch.nn.utils.parametrizations.spectral_norm, copies of
