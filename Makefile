@@ -7,6 +7,8 @@
 #                 virtual environment, PYTHON must have torch, triton and pytest; exit status 3:
 #                 stages are left, go on with GPU_CHECK_ARGS=--resume; --rehearse without a GPU
 # make test-machines  the numerical tests under other instruction sets and numbers of threads
+# make test-matrix  the suite's core on every Python found, with torch 2.11 and the newest, and the
+#                 CPU kernels compiled for arm64; status 3: something could not be had
 # make check-install  tries every way to install, from empty environments; TORCH is what with
 # make build-cuda     the CUDA backend against a CUDA build of torch (3 to 4 GB, CUDA_TORCH) in an
 #                     environment of its own, .venv-cuda; needs no GPU
@@ -24,6 +26,7 @@ PAPER_ARGS ?=
 BENCH_ARGS ?=
 TEST_ARGS ?=
 GPU_CHECK_ARGS ?=
+MATRIX_ARGS ?=
 
 # Tests of the Triton kernels in Triton's interpreter; their own file skips without it or a GPU.
 INTERPRETED := tests/backends/test_triton_kernels.py tests/benchmarks/test_traffic.py tests/core/test_functional.py \
@@ -41,7 +44,7 @@ NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/* csrc/cuda/*)
 FORMATTED := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cpu/*.inc csrc/cuda/*.cu \
 	csrc/cuda/*.cpp csrc/cuda/*.h csrc/cuda/shim/*.cpp csrc/cuda/shim/*.h)
 
-.PHONY: setup demo paper test test-machines check-install build-cuda dist tsan lint format kernels \
+.PHONY: setup demo paper test test-machines test-matrix check-install build-cuda dist tsan lint format kernels \
 	gpu-check bench clean
 
 $(VENV)/created: pyproject.toml python/pyproject.toml
@@ -91,6 +94,9 @@ endif
 
 test-machines: setup
 	$(BIN)/python tests/support/machines.py
+
+test-matrix: setup
+	$(BIN)/python tests/support/matrix.py $(MATRIX_ARGS)
 
 check-install:
 	$(PYTHON) tests/support/check_install.py --torch "$(TORCH)"
