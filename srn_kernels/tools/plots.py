@@ -13,6 +13,7 @@ from srn_kernels.model import root
 from srn_kernels.model.rounds import current_weights
 from srn_kernels.model.select import Pattern, matcher
 from srn_kernels.model.weight import NormalizedWeight, is_split
+from srn_kernels.tools.report.layers import names_in
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -50,12 +51,13 @@ def plot_spectrum(model: nn.Module, *, include: Pattern = None, limit: int = 24)
     """
     check_count(limit, "limit", 1)
     entries = [entry for entry in root.entries_of(model) if not entry.weight.is_meta]
+    names = names_in(model)
     if not entries:
         raise ValueError(f"model: no normalised layer in {type(model).__name__}")
     included, _ = matcher("*" if include is None else include, "include")
-    chosen = [entry for entry in entries if included(entry.label, entry.sites[0][0])]
+    chosen = [entry for entry in entries if included(names[id(entry)], entry.sites[0][0])]
     if not chosen:
-        names = ", ".join(repr(entry.label) for entry in entries[:12])
+        names = ", ".join(repr(names[id(entry)]) for entry in entries[:12])
         raise ValueError(f"include: nothing matches {include!r}; there are {names}")
     from matplotlib.figure import Figure
 
@@ -70,7 +72,7 @@ def plot_spectrum(model: nn.Module, *, include: Pattern = None, limit: int = 24)
             mark = "." if len(values) == 1 else ""
             axes.plot(range(1, len(values) + 1), values, marker=mark, label=f"{label}, {rank:.3g}")
         axes.set_yscale("log")
-        axes.set_title(entry.label, fontsize="small")
+        axes.set_title(names[id(entry)], fontsize="small")
         axes.tick_params(labelsize="x-small")
         axes.legend(title="stable rank", fontsize="x-small", title_fontsize="x-small")
     more = "" if len(drawn) == len(chosen) else f", {len(drawn)} of {len(chosen)} layers"

@@ -2,9 +2,9 @@
 
 Each cell is an environment of its own, from the index: a Python that is found here (3.10 or later),
 the oldest torch that is served or the newest there is, the CPU kernels compiled against it, and the
-tests of the folders maths, core, model and tools. Then the CPU kernels are compiled for arm64, with
-Linux and with macOS. What each run covered is printed; what could not be had is named, and makes
-the exit status 3: only 0 says that everything was covered.
+tests of the folders maths, core, model and tools (--quick: a few files of them). Then the CPU
+kernels are compiled for arm64, with Linux and with macOS. What each run covered is printed; what
+could not be had is named, and makes the exit status 3: only 0 says that everything was covered.
 """
 
 from __future__ import annotations
@@ -27,7 +27,10 @@ OLDEST_PYTHON = (3, 10)
 TORCHES = {"2.11": "torch==2.11.*", "newest": "torch"}
 TOOLS = ["numpy", "setuptools>=77", "wheel", "ninja", "pybind11"]  # as in pyproject.toml
 TESTING = ["pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "scipy"]
-FOLDERS = ("maths", "core", "model", "tools")
+CORE = ("tests/maths", "tests/core", "tests/model", "tests/tools")
+_FILES = ("maths/test_linalg", "core/test_autograd", "model/test_layers", "model/test_loading")
+_FILES += ("tools/test_convert", "tools/test_parametrization", "test_arrows")
+QUICK = tuple(f"tests/{name}.py" for name in _FILES)
 TARGETS = {"arm64, Linux": "aarch64-linux-gnu", "arm64, macOS": "aarch64-macos"}
 
 
@@ -117,7 +120,9 @@ def sources(folder: Path) -> Path:
     return folder
 
 
-def test(folder: Path, interpreter: Path, torch: str, arguments: list[str]) -> str:
+def test(
+    folder: Path, interpreter: Path, torch: str, places: tuple[str, ...], arguments: list[str]
+) -> str:
     """Covers one cell; a line that says what it covered."""
     cell = made(folder, interpreter, [torch, *TOOLS, *TESTING])
     tree = sources(folder / "source")
@@ -128,13 +133,14 @@ def test(folder: Path, interpreter: Path, torch: str, arguments: list[str]) -> s
     status, said = run(
         *(cell.python, "-m", "pytest", "-q", "-n", "2", "--dist", "loadfile"),
         *("--require-backend", "cpu", "--junitxml", report),
-        *(f"tests/{name}" for name in FOLDERS),
+        *places,
         *arguments,
         folder=tree,
         PYTHONPATH=f"{tree}:{tree / 'python'}",
     )
     _, version = run(cell.python, "-c", "import torch; print(torch.__version__)")
-    counted = f"torch {version.strip()}: {counts(report)}"
+    covered = ", ".join(place.removeprefix("tests/") for place in places)
+    counted = f"torch {version.strip()}, {covered}: {counts(report)}"
     if status:
         wrong = [x for x in said.splitlines() if x.startswith(("FAILED", "ERROR"))]
         raise Failed("\n    ".join([counted, *(wrong or [last_line(said)])]))
@@ -188,14 +194,15 @@ def check_object(path: Path, target: str) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="cells whose name contains this")
+    parser.add_argument("--quick", action="store_true", help=f"only {', '.join(QUICK)}")
     parser.add_argument("pytest", nargs="*", help="further arguments of pytest, after --")
     options = parser.parse_args()
     if uv("--version")[0]:
         raise SystemExit("uv is missing: pip install uv, or make setup")
-    there = pythons()
+    there, places = pythons(), QUICK if options.quick else CORE
     print(f"Python: {', '.join(f'{name} ({path})' for name, path in there.items())}", flush=True)
     cells = {
-        f"Python {name}, torch {torch}": (test, path, requirement, options.pytest)
+        f"Python {name}, torch {torch}": (test, path, requirement, places, options.pytest)
         for torch, requirement in TORCHES.items()
         for name, path in there.items()
     }

@@ -23,8 +23,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Exit status 0; 1 where an output that should stay changes, 2 for what cannot be done."""
     parser = argparse.ArgumentParser(
         prog="python -m srn_kernels.doctor",
-        description="Which layers of a model srn_kernels would take and why not the others, whether "
-        "its output stays, what a training round takes before and after, and the lines to add.",
+        description="Which layers of a model srn_kernels would take and why not the others, "
+        "whether its output stays, what a training round takes before and after, the lines to add.",
     )
     parser.add_argument(
         "target",

@@ -14,6 +14,7 @@ from torch.nn.utils import parametrizations
 from torch.utils._pytree import tree_leaves
 
 from srn_kernels.model import root
+from srn_kernels.model.foreign import Found
 from srn_kernels.model.select import select
 from srn_kernels.model.settings import Settings
 from srn_kernels.model.wrap import apply_stable_rank_norm, export, skipped
@@ -215,7 +216,7 @@ def _what(model: nn.Module, rank_ratio: float) -> tuple[list[Taken], list[tuple[
     found, left = look(model, {})
     if found:
         return (
-            [Taken(t.entry.label, _shape(t.weight, t.entry.settings.dim), t.items[0][0].form)
+            [Taken(t.entry.label, _shape(t.weight, t.entry.settings.dim), _form(t.items[0][0]))
              for t in found], left, CONVERT,
         )  # fmt: skip
     Settings(rank_ratio=rank_ratio)
@@ -225,6 +226,10 @@ def _what(model: nn.Module, rank_ratio: float) -> tuple[list[Taken], list[tuple[
         return [], [*left, (type(model).__name__, str(error))], NOTHING
     taken = [Taken(entry.label, entry.matrix_shape(), "") for entry in entries]
     return taken, others, APPLY if taken else NOTHING
+
+
+def _form(found: Found) -> str:
+    return f"{found.form} ({type(found.holder).__qualname__})"
 
 
 def _shape(weight: Tensor, dim: int) -> tuple[int, int]:

@@ -46,8 +46,8 @@ def _output(found: Diagnosis, rank_ratio: float) -> str:
     if found.how == CONVERT and rank_ratio == 1:
         return f"{verdict}: the converted model differs {size}"
     return (
-        "changes, as the constraint is new to this model; that of the copy by "
-        f"srn_kernels.export {verdict}, {size}"
+        "changes, because the constraint is new to this model; a plain copy by srn_kernels.export "
+        f"has the same: it {'differs' if out.stays else 'DIFFERS'} {size}"
     )
 
 
@@ -70,6 +70,8 @@ def _timing(found: Diagnosis, device: str) -> list[str]:
             f"  {s.median:9.2f} ({s.p25:.2f} to {s.p75:.2f})  times, {names[name]} / with "
             "srn_kernels, paired"
         )
+    if any(s.p75 > 1.5 * s.p25 for s in timing.ms.values()):
+        text.append("  the quartiles are far apart: the machine is busy, or the model very small")
     live = [n for n, reason in available_backends().items() if reason is None and n != "reference"]
     if not live:
         text.append("  only plain PyTorch is live, which is slower: python -m srn_kernels.info")

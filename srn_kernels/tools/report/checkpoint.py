@@ -9,7 +9,6 @@ from __future__ import annotations
 import pickle
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -164,7 +163,7 @@ def _read(
     entry.set_state(u.to(weight.dtype), v.to(weight.dtype))
     entry.become(State.FRESH)
     distance = abs(sigma - norm) / norm if norm else 0.0
-    return distance, replace(row_of(entry, "; ".join(notes)), name=label)
+    return distance, row_of(entry, label, "; ".join(notes))
 
 
 def report_state(state: Mapping[str, Any], **options: Any) -> Report:

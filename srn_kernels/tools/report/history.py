@@ -13,7 +13,7 @@ from srn_kernels.maths.scalars import STABLE_RANK, Stats
 from srn_kernels.model import root
 from srn_kernels.model.settings import plain
 from srn_kernels.model.weight import NormalizedWeight
-from srn_kernels.tools.report.layers import row_of
+from srn_kernels.tools.report.layers import names_in, row_of
 
 Writer = Callable[[dict[str, float], int], object]
 
@@ -60,14 +60,15 @@ class History:
         current = {id(e) for e in entries if _is_current(e)}
         records = {id(e.record[0]): e.record[0] for e in entries if id(e) in current}
         stats = {key: record.stats.tolist() for key, record in records.items()}
-        row = {}
+        row, names = {}, names_in(self.model)
         for entry in entries:
+            name = names[id(entry)]
             if id(entry) in current:
                 record, place = entry.record
-                row[entry.label] = _numbers(stats[id(record)][place], entry.target_rank())
+                row[name] = _numbers(stats[id(record)][place], entry.target_rank())
                 continue
-            seen = row_of(entry, "")
-            row[entry.label] = {
+            seen = row_of(entry, name)
+            row[name] = {
                 "sigma": seen.sigma,
                 "stable_rank": seen.stable_rank,
                 "normalized_stable_rank": seen.normalized_stable_rank,

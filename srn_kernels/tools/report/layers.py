@@ -13,18 +13,29 @@ from srn_kernels.maths.matrix import first_vector, matrix
 from srn_kernels.maths.scalars import STABLE_RANK, Stats
 from srn_kernels.model import root
 from srn_kernels.model.rounds import current_weights, settled
-from srn_kernels.model.weight import NormalizedWeight, is_split
+from srn_kernels.model.weight import KEY, NormalizedWeight, is_split
 from srn_kernels.model.wrap import skipped
 from srn_kernels.tools.operator_norm import LAYERS, input_shapes, operator_norm
 from srn_kernels.tools.report.table import LayerReport, Report
 
 
-def row_of(entry: NormalizedWeight, note: str) -> LayerReport:
+def names_in(model: nn.Module) -> dict[int, str]:
+    """{id(entry): its parameter's name in ``model``}. A layer that was wrapped by itself, or in
+    another root, knows another one."""
+    names: dict[int, str] = {}
+    for path, module in model.named_modules():
+        for name, entry in module.__dict__.get(KEY, {}).items():
+            names.setdefault(id(entry), f"{path}.{name}" if path else name)
+    return names
+
+
+def row_of(entry: NormalizedWeight, name: str, note: str = "") -> LayerReport:
+    """The numbers of one parameter."""
     rows, columns = entry.matrix_shape()
     if entry.weight.is_meta:
         nan = float("nan")
         return LayerReport(
-            entry.label,
+            name,
             (rows, columns),
             nan,
             nan,
@@ -56,7 +67,7 @@ def row_of(entry: NormalizedWeight, note: str) -> LayerReport:
             sigma, own_sigma = (torch.linalg.matrix_norm(x, 2).item() for x in (w, w_hat))
         normalized = w_hat.square().sum().item() / own_sigma**2 if own_sigma else 0.0
     return LayerReport(
-        name=entry.label,
+        name=name,
         shape=(rows, columns),
         sigma=sigma,
         stable_rank=seen.frobenius_sq / sigma**2 if sigma else 0.0,
@@ -100,7 +111,8 @@ def report(model: nn.Module, input_shape: Sequence[int] | None = None) -> Report
     gone = [e for e in registered if all(e is not p for p in present)]
     if not present and not gone:
         raise ValueError(f"model: no normalised layer in {type(model).__name__}")
-    rows = [row_of(e, "") for e in present]
+    names = names_in(model)
+    rows = [row_of(e, names[id(e)]) for e in present]
     if input_shape is not None:
         layers = [module for e in present for module, name in e.sites if name == "weight"]
         shapes = input_shapes(model, layers, input_shape)
@@ -108,5 +120,5 @@ def report(model: nn.Module, input_shape: Sequence[int] | None = None) -> Report
             replace(row, operator_norm=_operator_norm(e, shapes))
             for e, row in zip(present, rows, strict=True)
         ]
-    rows += [row_of(e, "replaced: no longer part of the model") for e in gone]
+    rows += [row_of(e, e.label, "replaced: no longer part of the model") for e in gone]
     return Report(rows, skipped(model))
