@@ -12,7 +12,8 @@
 # make check-install  tries every way to install, from empty environments; TORCH is what with
 # make build-cuda     the CUDA backend against a CUDA build of torch (3 to 4 GB, CUDA_TORCH) in an
 #                     environment of its own, .venv-cuda; needs no GPU
-# make dist   source distribution and wheel, checked, into dist/
+# make dist   source distribution and wheel, checked, into dist/; on Linux with the manylinux tag that
+#             the compiler allows; torch's libraries stay torch's
 # make bench  the CPU benchmark suite, 10 minutes; BENCH_ARGS=--quick for a minute, --save to keep rows
 #
 # PYTHON chooses the interpreter of the virtual environment, TORCH the requirement for torch.
@@ -56,7 +57,7 @@ $(VENV)/created: pyproject.toml python/pyproject.toml
 
 $(VENV)/built: $(VENV)/created setup.py $(NATIVE)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
-		--no-build-isolation --editable ".[triton,bench,test,dev]" --editable ./python
+		--no-build-isolation --editable ".[triton,bench,test,dev,plots,integrations]" --editable ./python
 	touch $@
 
 setup: $(VENV)/built
@@ -111,9 +112,14 @@ build-cuda:
 dist: setup
 	rm -rf dist
 	$(BIN)/python -m build --no-isolation --outdir dist .
+ifeq ($(shell uname -s),Linux)
+	$(BIN)/python -m auditwheel repair --strip --exclude "libtorch*" --exclude libc10.so \
+		--exclude libgomp.so.1 --wheel-dir dist dist/*-linux_*.whl
+	rm dist/*-linux_*.whl
+endif
 	$(BIN)/python -m twine check --strict dist/*
 	ls -l dist
-	$(PYTHON) tests/support/check_install.py --torch "$(TORCH)" --only "a wheel"
+	$(PYTHON) tests/support/check_install.py --torch "$(TORCH)" --wheel dist/*.whl
 
 # The CUDA kernels on the CPU under ThreadSanitizer; Linux on x86-64, with g++.
 tsan: setup

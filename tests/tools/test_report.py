@@ -100,7 +100,7 @@ def test_our_own_torchs_and_plain_ones_and_the_stable_rank_hook(tmp_path: Path) 
     assert rows["plain"].sigma == pytest.approx(float(singular[0]), rel=1e-6)
     assert rows["plain"].target == 2
     reasons = dict(found.skipped)
-    assert "not by spectral norm" in reasons["weighted.weight"]
+    assert "not by spectral norm" in reasons["weighted.parametrizations.weight.original1"]
     assert "not named as a weight" in reasons["positions"]
 
 

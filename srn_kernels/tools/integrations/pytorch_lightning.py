@@ -24,15 +24,15 @@ class LightningHistory(lightning.Callback):
     def __init__(self, every: int = 50) -> None:
         self.every = check_count(every, "every", 1)
         self.history: History | None = None
-        self._last = -1
+        self._last = 0
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        self.history, self._last = History(pl_module), -1
+        self.history, self._last = History(pl_module), 0
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *batch: Any) -> None:
         step = trainer.global_step
-        # With gradients accumulated, several batches end at one step.
-        if self.history is None or step == self._last or step % self.every:
+        # With gradients accumulated, several batches end at one step, the first of them at none.
+        if self.history is None or step in (0, self._last) or step % self.every:
             return
         self._last = step
         values = flat(self.history(step))

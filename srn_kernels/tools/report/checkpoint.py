@@ -70,9 +70,7 @@ def stored_layers(state: Mapping[str, Any]) -> tuple[list[_Stored], list[tuple[s
                 container = f"{prefix}parametrizations.{name}."
                 own = {f"{container}original", f"{container}0._u", f"{container}0._v"}
                 if {k for k in state if k.startswith(container)} != own:
-                    left_out.append((prefix + name, "parametrized, but not by spectral norm"))
-                    taken |= {k for k in state if k.startswith(container)}
-                    continue
+                    continue  # another parametrization; it is left out below
             found[key] = _Stored(prefix, name, form, key)
             # what the form keeps beside the weight is no layer of its own
             ours = re.compile(re.escape(prefix + name) + r"(_orig|_bar|_u|_v|_sigma|_gain)?")
@@ -82,6 +80,8 @@ def stored_layers(state: Mapping[str, Any]) -> tuple[list[_Stored], list[tuple[s
             continue
         if match := _WEIGHT.fullmatch(key):
             found[key] = _Stored(match[1], match[2], "plain", key)
+        elif re.search(r"(^|[.:])parametrizations\.", key):
+            left_out.append((key, "parametrized, but not by spectral norm alone"))
         else:
             left_out.append((key, "not named as a weight of a layer"))
     return [found[key] for key in matrices if key in found], left_out
