@@ -17,6 +17,7 @@ import srn_kernels as srn
 from srn_kernels import functional, linalg, reference
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from typing_extensions import assert_type
 
 
@@ -64,7 +65,8 @@ def what_there_is_to_see(net: Net) -> None:
     assert_type(found[0].sigma, float)
     assert_type([row.name for row in found], list[str])
     assert_type(found.to_dict(), dict[str, Any])
-    assert_type(srn.History(net)(), dict[str, dict[str, float]])
+    assert_type(srn.History(net, to=print)(step=3), dict[str, dict[str, float]])
+    assert_type(srn.plot_spectrum(net, include="first*", limit=4), Figure)
     assert_type(srn.available_backends(), dict[str, str | None])
     assert_type(srn.operator_norm(net.first, (3, 8, 8)), float)
 
