@@ -24,6 +24,14 @@ class StableRankNorm(nn.Module):
     Raises ValueError or TypeError for a weight or setting that cannot be used.
     """
 
+    rank_ratio: float
+    n_power_iterations: int
+    eps: float
+    dim: int
+    target_rank: float  # of a matrix; a vector has none, and no u, v
+    _u: Tensor
+    _v: Tensor
+
     def __init__(
         self,
         weight: Tensor,
