@@ -59,11 +59,18 @@ class StableRankNormFunction(torch.autograd.Function):
     """W_hat of all layers of a round, with the gradient of constant u and v (Algorithm 2).
 
     ``apply(plan, record, None, *weights, *us, *vs)`` returns ``(*W_hat, round_state, stats)``; the
-    last two carry no gradient. ``record`` is None or a :class:`Round` to fill. Given a
+    last two carry no gradient. ``record`` is None or a ``Round`` to fill. Given a
     finished round's ``round_state`` and ``stats`` as two more arguments, the same W_hat is computed
     again without touching the state. In eager mode, ``apply(plan, record, (us, vs), *weights)``
     spares autograd the look at tensors that never have a gradient. Twice differentiable in eager
     mode. Several backwards may reach one node; layers without a gradient get None.
+
+    Example:
+        >>> weight = torch.randn(4, 8, requires_grad=True)
+        >>> u, v = torch.eye(4)[0], torch.eye(8)[0]
+        >>> (out,) = srn.functional.stable_rank_normalize([weight], [u], [v], [2.0])
+        >>> out.grad_fn.name()
+        'StableRankNormFunctionBackward'
     """
 
     @staticmethod

@@ -36,7 +36,14 @@ class LayerReport:
 
 
 class Report:
-    """Rows of :class:`LayerReport`: iterate them, print them, or take :meth:`to_dict`."""
+    """Rows of :class:`srn_kernels.tools.report.LayerReport`: iterate them, print them as a table, or
+    take :meth:`srn_kernels.Report.to_dict`.
+
+    Example:
+        >>> shown = srn.report(srn.apply_stable_rank_norm(nn.Sequential(nn.Linear(8, 4))))
+        >>> len(shown), shown[0].name, sorted(shown.to_dict())
+        (1, '0.weight', ['layers', 'skipped'])
+    """
 
     def __init__(self, rows: list[LayerReport], left_out: list[tuple[str, str]]) -> None:
         self.rows = rows
@@ -154,6 +161,13 @@ def report(model: nn.Module, input_shape: Sequence[int] | None = None) -> Report
     a convolution 1-Lipschitz.
 
     Raises ValueError if nothing is normalised, or if the model does not run on ``input_shape``.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(8, 4, bias=False))
+        >>> _ = nn.init.eye_(model[0].weight)  # stable rank 4
+        >>> row = srn.report(srn.apply_stable_rank_norm(model, rank_ratio=0.5))[0]
+        >>> row.shape, row.target, row.active, round(row.normalized_stable_rank, 4)
+        ((4, 8), 2.0, True, 2.0)
     """
     present = root.entries_of(model)
     this = model.__dict__.get(root.GROUP)
@@ -182,6 +196,13 @@ class History:
     round's scalars are fetched; weights that no eager round has seen (compiled models) are looked
     at as :func:`report` does. ``rows`` keeps every result. Raises ValueError if nothing is
     normalised.
+
+    Example:
+        >>> model = srn.apply_stable_rank_norm(nn.Sequential(nn.Linear(8, 4)))
+        >>> history = srn.History(model)
+        >>> _ = model(torch.randn(2, 8))
+        >>> sorted(history()["0.weight"]), len(history.rows)
+        (['active', 'gamma', 'normalized_stable_rank', 'sigma', 'stable_rank'], 1)
     """
 
     def __init__(self, model: nn.Module) -> None:
