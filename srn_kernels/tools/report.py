@@ -59,6 +59,7 @@ class Report:
         return self.rows[index]
 
     def to_dict(self) -> dict[str, Any]:
+        """{"layers": rows as dicts, "skipped": [{"name", "reason"}]}, of plain Python values."""
         return {
             "layers": [asdict(row) for row in self.rows],
             "skipped": [{"name": name, "reason": reason} for name, reason in self.skipped],
