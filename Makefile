@@ -11,6 +11,8 @@
 # make build-cuda     the CUDA backend against a CUDA build of torch (3 to 4 GB, CUDA_TORCH) in an
 #                     environment of its own, .venv-cuda; needs no GPU
 # make dist   source distribution and wheel, checked, into dist/
+# make docs   the documentation site, into OUT/docs; a warning is an error. DOCS_ARGS="-b linkcheck"
+#             asks for every external link
 # make bench  the CPU benchmark suite, 10 minutes; BENCH_ARGS=--quick for a minute, --save to keep rows
 #
 # PYTHON chooses the interpreter of the virtual environment, TORCH the requirement for torch.
@@ -22,6 +24,7 @@ CUDA_TORCH ?= torch
 JOBS ?= 2
 PAPER_ARGS ?=
 BENCH_ARGS ?=
+DOCS_ARGS ?=
 TEST_ARGS ?=
 GPU_CHECK_ARGS ?=
 
@@ -42,7 +45,7 @@ FORMATTED := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cpu
 	csrc/cuda/*.cpp csrc/cuda/*.h csrc/cuda/shim/*.cpp csrc/cuda/shim/*.h)
 
 .PHONY: setup demo paper test test-machines check-install build-cuda dist tsan lint format kernels \
-	gpu-check bench clean
+	gpu-check bench docs clean
 
 $(VENV)/created: pyproject.toml python/pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -115,6 +118,16 @@ tsan: setup
 
 bench: setup
 	$(BIN)/python -m benchmarks run $(BENCH_ARGS)
+
+# Only this needs the packages of the extra docs, so that setup stays short.
+$(VENV)/documents: $(VENV)/built
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+		--no-build-isolation --editable ".[docs]"
+	touch $@
+
+docs: $(VENV)/documents
+	$(BIN)/python -m sphinx -E -W --keep-going -q -b html $(DOCS_ARGS) docs $(OUT)/docs
+	@echo "$(OUT)/docs/index.html"
 
 clean:
 	rm -rf build dist $(OUT) srn_kernels/backends/*.so srn_kernels/backends/built.json *.egg-info

@@ -39,6 +39,7 @@ autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
 napoleon_use_rtype = False
 maximum_signature_line_length = 72
+smartquotes = False
 python_display_short_literal_types = True
 add_module_names = False
 toc_object_entries_show_parents = "hide"

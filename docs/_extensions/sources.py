@@ -10,7 +10,7 @@ from typing import Any
 
 from pygments import highlight
 from pygments.formatters import HtmlFormatter
-from pygments.lexers import get_lexer_for_filename
+from pygments.lexers import get_lexer_by_name, get_lexer_for_filename
 from sphinx.application import Sphinx
 from sphinx.util import logging
 from symbols import links
@@ -20,6 +20,11 @@ log = logging.getLogger(__name__)
 
 def _page(file: Path, root: Path) -> str:
     return f"sources/{file.relative_to(root).as_posix()}"
+
+
+def _lexer(file: Path) -> Any:
+    native = file.suffix in (".h", ".inc", ".cpp", ".cu")
+    return get_lexer_by_name("cpp") if native else get_lexer_for_filename(file.name)
 
 
 def rewrite(app: Sphinx, docname: str, source: list[str]) -> None:
@@ -47,12 +52,13 @@ def rewrite(app: Sphinx, docname: str, source: list[str]) -> None:
 def pages(app: Sphinx) -> Iterator[tuple[str, dict[str, Any], str]]:
     """A page for every file that something links to."""
     root = Path(app.srcdir).parent
-    form = HtmlFormatter(linenos="inline", lineanchors="L", anchorlinenos=True, cssclass="highlight")
+    form = HtmlFormatter(linenos="inline", linespans="L", anchorlinenos=True)
     for name in sorted(set().union(*app.env.srn_sources.values())):
         file = Path(name)
-        body = highlight(file.read_text(), get_lexer_for_filename(file.name), form)
+        body = highlight(file.read_text(), _lexer(file), form)
         title = str(file.relative_to(root))
-        content = {"title": title, "body": f"<h1>{html.escape(title)}</h1>{body}"}
+        whole = f'<h1>{html.escape(title)}</h1><div class="code-page">{body}</div>'
+        content = {"title": title, "body": whole, "furo_hide_toc": True}
         yield _page(file, root), content, "page.html"
 
 

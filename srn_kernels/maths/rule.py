@@ -14,10 +14,10 @@ from srn_kernels.maths.scalars import SPECTRAL, Stats
 class Normalized(NamedTuple):
     """One layer, normalised."""
 
-    weight: Tensor  # W_hat
-    u: Tensor  # (rows,), or (rows, pairs), the unit u of this round
-    v: Tensor  # (columns,), or (columns, pairs)
-    stats: Tensor  # (8,) float64, see Stats
+    weight: Tensor  #: W_hat
+    u: Tensor  #: (rows,), or (rows, pairs), the unit u of this round
+    v: Tensor  #: (columns,), or (columns, pairs)
+    stats: Tensor  #: (8,) float64, see Stats
 
 
 class Rule:

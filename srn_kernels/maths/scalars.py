@@ -15,14 +15,14 @@ class Stats(NamedTuple):
     """A layer's float64 statistics by name, in the order of their columns; csrc/scalars.h has the
     same. ``Stats(*stats[i])`` reads a layer, ``Stats(*stats.unbind(-1))`` all layers at once."""
 
-    sigma: Any  # u^T W v
-    frobenius_sq: Any  # |W|_F^2
-    q: Any  # |W|_F^2 / sigma^2 less the part that is kept
+    sigma: Any  #: u^T W v
+    frobenius_sq: Any  #: |W|_F^2
+    q: Any  #: |W|_F^2 / sigma^2 less the part that is kept
     gamma: Any
-    a: Any  # W_hat = a W + b u v^T
+    a: Any  #: W_hat = a W + b u v^T
     b: Any
     branch: Any
-    kept: Any  # how many singular values are kept, where that is counted; else 0
+    kept: Any  #: how many singular values are kept, where that is counted; else 0
 
     def masks(self) -> tuple[Tensor, Tensor]:
         """Where sigma can be divided by, and where the stable-rank constraint is active."""

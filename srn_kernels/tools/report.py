@@ -22,16 +22,16 @@ from srn_kernels.tools.operator_norm import LAYERS, input_shapes, operator_norm
 class LayerReport:
     """One normalised parameter."""
 
-    name: str
-    shape: tuple[int, int]  # of the matrix view: rows, columns
-    sigma: float  # u^T W v, the estimate in use, or |W|_2 where the rule keeps no u, v
-    stable_rank: float  # of W, |W|_F^2 / sigma^2
-    normalized_stable_rank: float  # of W_hat, by its own singular values' bound |W_hat|_F^2
-    target: float  # r; inf: spectral norm alone
-    gamma: float  # factor of the part beside u v^T; 1 where the constraint does nothing
-    active: bool  # whether the stable-rank constraint changes this weight
-    note: str = ""
-    # The norm of W_hat as a convolution on its input's size, its largest if there are several.
+    name: str  #: of the parameter in the model
+    shape: tuple[int, int]  #: (rows, columns) of the matrix
+    sigma: float  #: u^T W v, the estimate in use, or |W|_2 where the rule keeps no u, v
+    stable_rank: float  #: of W, |W|_F^2 / sigma^2
+    normalized_stable_rank: float  #: of W_hat, by its own singular values' bound |W_hat|_F^2
+    target: float  #: r, inf for spectral norm alone
+    gamma: float  #: factor of the part beside u v^T; 1 where the constraint does nothing
+    active: bool  #: whether the stable-rank constraint changes this weight
+    note: str = ""  #: what else there is to say
+    #: The norm of W_hat as a convolution on its input's size, its largest if there are several.
     operator_norm: float | None = None
 
 
