@@ -16,7 +16,9 @@ def _plain(line: str) -> str:
 
 
 def norms(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
-    lines[:] = [line if line.lstrip().startswith((">>>", "...")) else _plain(line) for line in lines]
+    lines[:] = [
+        line if line.lstrip().startswith((">>>", "...")) else _plain(line) for line in lines
+    ]
 
 
 def setup(app: Sphinx) -> dict[str, bool]:

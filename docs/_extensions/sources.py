@@ -44,7 +44,9 @@ def rewrite(app: Sphinx, docname: str, source: list[str]) -> None:
         up = "../" * docname.count("/")
         shown = re.sub("`([^`]+)`", r"<code>\1</code>", html.escape(link.text))
         where = html.escape(f"{link.file.relative_to(root)}, line {line}")
-        anchor = f'<a class="source" title="{where}" href="{up}{_page(link.file, root)}.html#L-{line}">'
+        anchor = (
+            f'<a class="source" title="{where}" href="{up}{_page(link.file, root)}.html#L-{line}">'
+        )
         text = f"{text[: found.start()]}{anchor}{shown}</a>{text[found.end() :]}"
     source[0] = text
 

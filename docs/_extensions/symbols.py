@@ -91,6 +91,8 @@ def _native(text: str, symbol: str) -> tuple[int, int] | None:
     begins = re.compile(rf"^[A-Za-z_][^;/#]*\b{re.escape(symbol)}\b\s*[({{:]")
     for number, line in enumerate(lines, 1):
         if begins.match(line):
-            end = next((i for i, x in enumerate(lines[number:], number + 1) if x[:1] == "}"), number)
+            end = next(
+                (i for i, x in enumerate(lines[number:], number + 1) if x[:1] == "}"), number
+            )
             return number, end
     return None

@@ -85,7 +85,9 @@ def test_a_symbol_leads_to_its_line(tmp_path, name, symbol, piece, text) -> None
     assert text in file.read_text().splitlines()[symbols.line_of(file, symbol, piece) - 1]
 
 
-@pytest.mark.parametrize(("symbol", "piece"), [("B", ""), ("A.g", ""), ("A", "2"), ("A", "nothing")])
+@pytest.mark.parametrize(
+    ("symbol", "piece"), [("B", ""), ("A.g", ""), ("A", "2"), ("A", "nothing")]
+)
 def test_a_symbol_that_is_not_there_is_refused(tmp_path, symbol, piece) -> None:
     file = tmp_path / "a.py"
     file.write_text("class A:\n    f = 2\n    h = 2\n")
