@@ -1,6 +1,6 @@
 """Where a symbol is defined in a source file: what links from the pages to the code resolve to.
 
-A link is ordinary Markdown, ``[text](../path/to/file.py#Class.method "a piece of the line")``, so it
+A link is ordinary Markdown, ``[text](../path/file.py#Class.method "a piece of the line")``, so it
 opens the file in any viewer; the site resolves it to the line. Needs the standard library alone.
 """
 

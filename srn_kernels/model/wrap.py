@@ -251,8 +251,8 @@ def fuse(model: nn.Module, *, groups: int = 1) -> nn.Module:
     :func:`apply_stable_rank_norm`. Returns the model; ValueError if nothing in it is normalised.
 
     Example:
-        >>> model = nn.Sequential(srn.spectral_norm(nn.Linear(4, 4)), srn.spectral_norm(nn.Linear(4, 1)))
-        >>> model = srn.fuse(model)  # two layers, one round per forward of the model
+        >>> layers = (srn.spectral_norm(nn.Linear(4, n)) for n in (4, 1))
+        >>> model = srn.fuse(nn.Sequential(*layers))  # two layers, one round per forward of the model
         >>> model(torch.randn(2, 4)).shape
         torch.Size([2, 1])
     """
@@ -388,7 +388,7 @@ def remove_stable_rank_norm(model_or_layer: nn.Module) -> nn.Module:
     owner in it that is not normalised and would be changed too (:func:`export` unties those).
 
     Example:
-        >>> model = srn.apply_stable_rank_norm(nn.Sequential(nn.Linear(8, 4)), rank_ratio=0.5).eval()
+        >>> model = srn.apply_stable_rank_norm(nn.Sequential(nn.Linear(8, 4)), 0.5).eval()
         >>> x = torch.randn(2, 8)
         >>> before = model(x)
         >>> torch.allclose(srn.remove_stable_rank_norm(model)(x), before, atol=1e-6)
@@ -438,7 +438,7 @@ def export(model: nn.Module) -> nn.Module:
     if nothing in ``model`` is normalised.
 
     Example:
-        >>> model = srn.apply_stable_rank_norm(nn.Sequential(nn.Linear(8, 4)), rank_ratio=0.5).eval()
+        >>> model = srn.apply_stable_rank_norm(nn.Sequential(nn.Linear(8, 4)), 0.5).eval()
         >>> plain, x = srn.export(model), torch.randn(2, 8)
         >>> torch.allclose(plain(x), model(x), atol=1e-6), srn.is_normalized(plain[0])
         (True, False)

@@ -93,7 +93,8 @@ def operator_norm(
     Args:
         module: a Linear, Conv1-3d or ConvTranspose1-3d; any stride, padding and padding_mode,
             dilation, groups and output_padding. The bias does not count.
-        input_shape: of one input, without the batch: ``(channels, *spatial)``, or ``(..., features)``.
+        input_shape: of one input, without the batch: ``(channels, *spatial)``, or
+            ``(..., features)``.
         weight: in place of ``module.weight`` (W_hat, say).
         output_size: of a transposed convolution that was called with one.
         iterations, tol: of the power iteration; the result is within tol, relative, of a singular

@@ -78,7 +78,7 @@ def test_a_symbol_leads_to_its_line(tmp_path, name, symbol, piece, text) -> None
     file.write_text(
         {
             "a.py": "x = 1\n\nclass A:\n    y = 3\n\n    def f(self):\n        return 2\n",
-            "a.h": "int g();\n\nint f(\n    int x) {\n  return g();\n}\nint h() {\n  return g();\n}\n",
+            "a.h": "int g();\n\nint f(\n    int x) {\n  return g();\n}\nint h() {\n  g();\n}\n",
             "a.md": "# A\n\n## The end\n",
         }[name]
     )
