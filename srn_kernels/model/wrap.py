@@ -252,7 +252,7 @@ def fuse(model: nn.Module, *, groups: int = 1) -> nn.Module:
 
     Example:
         >>> layers = (srn.spectral_norm(nn.Linear(4, n)) for n in (4, 1))
-        >>> model = srn.fuse(nn.Sequential(*layers))  # two layers, one round per forward of the model
+        >>> model = srn.fuse(nn.Sequential(*layers))  # one round a forward
         >>> model(torch.randn(2, 4)).shape
         torch.Size([2, 1])
     """
