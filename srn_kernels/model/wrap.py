@@ -132,7 +132,8 @@ def apply_stable_rank_norm(
     groups: int = 1,
     **options: Unpack[Options],
 ) -> nn.Module:
-    """Normalises every layer of a model, one fused round per forward of ``model``.
+    """Normalises every layer of a model, one fused round per forward of ``model`` (arXiv
+    1906.04659, Algorithm 2).
 
     Args:
         model: modified in place and returned. Layers that are normalised already stay as they are,
