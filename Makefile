@@ -11,9 +11,9 @@
 # make build-cuda     the CUDA backend against a CUDA build of torch (3 to 4 GB, CUDA_TORCH) in an
 #                     environment of its own, .venv-cuda; needs no GPU
 # make dist   source distribution and wheel, checked, into dist/
+# make bench  the CPU benchmark suite, 10 minutes; BENCH_ARGS=--quick for a minute, --save to keep rows
 # make docs   the documentation site, into OUT/docs; a warning is an error. DOCS_ARGS="-b linkcheck"
 #             asks for every external link
-# make bench  the CPU benchmark suite, 10 minutes; BENCH_ARGS=--quick for a minute, --save to keep rows
 #
 # PYTHON chooses the interpreter of the virtual environment, TORCH the requirement for torch.
 
@@ -24,7 +24,6 @@ CUDA_TORCH ?= torch
 JOBS ?= 2
 PAPER_ARGS ?=
 BENCH_ARGS ?=
-DOCS_ARGS ?=
 TEST_ARGS ?=
 GPU_CHECK_ARGS ?=
 
@@ -45,7 +44,7 @@ FORMATTED := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cpu
 	csrc/cuda/*.cpp csrc/cuda/*.h csrc/cuda/shim/*.cpp csrc/cuda/shim/*.h)
 
 .PHONY: setup demo paper test test-machines check-install build-cuda dist tsan lint format kernels \
-	gpu-check bench docs clean
+	gpu-check bench clean
 
 $(VENV)/created: pyproject.toml python/pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -119,12 +118,15 @@ tsan: setup
 bench: setup
 	$(BIN)/python -m benchmarks run $(BENCH_ARGS)
 
+DOCS_ARGS ?=
+
 # Only this needs the packages of the extra docs, so that setup stays short.
 $(VENV)/documents: $(VENV)/built
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
 		--no-build-isolation --editable ".[docs]"
 	touch $@
 
+.PHONY: docs
 docs: $(VENV)/documents
 	$(BIN)/python -m sphinx -E -W --keep-going -q -b html $(DOCS_ARGS) docs $(OUT)/docs
 	@echo "$(OUT)/docs/index.html"
