@@ -15,6 +15,8 @@
 # make dist   source distribution and wheel, checked, into dist/; on Linux with the manylinux tag that
 #             the compiler allows; torch's libraries stay torch's
 # make bench  the CPU benchmark suite, 10 minutes; BENCH_ARGS=--quick for a minute, --save to keep rows
+# make docs   the documentation site, into OUT/docs; a warning is an error. DOCS_ARGS="-b linkcheck"
+#             asks for every external link
 #
 # PYTHON chooses the interpreter of the virtual environment, TORCH the requirement for torch.
 
@@ -128,6 +130,19 @@ tsan: setup
 
 bench: setup
 	$(BIN)/python -m benchmarks run $(BENCH_ARGS)
+
+DOCS_ARGS ?=
+
+# Only this needs the packages of the extra docs, so that setup stays short.
+$(VENV)/documents: $(VENV)/built
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+		--no-build-isolation --editable ".[docs]"
+	touch $@
+
+.PHONY: docs
+docs: $(VENV)/documents
+	$(BIN)/python -m sphinx -E -W --keep-going -q -b html $(DOCS_ARGS) docs $(OUT)/docs
+	@echo "$(OUT)/docs/index.html"
 
 clean:
 	rm -rf build dist $(OUT) srn_kernels/backends/*.so srn_kernels/backends/built.json *.egg-info

@@ -18,7 +18,7 @@ from benchmarks.cases import workloads
 from benchmarks.cases.providers import PROVIDERS
 from benchmarks.gpu import commands as gpu
 from benchmarks.measure import groups, growth, linalg, options, store, suite
-from benchmarks.report import documents, tables
+from benchmarks.report import documents, picture, tables
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
 app.command("linalg")(linalg.run)
@@ -167,6 +167,11 @@ def publish(
                     documents.write(root / name, block)
         except (OSError, ValueError) as error:
             raise typer.BadParameter(str(error)) from error
+    image, drawn = root / documents.PICTURE, picture.savings(rows)
+    if drawn and not (image.exists() and image.read_text() == drawn):
+        wrong.append(f"{documents.PICTURE} is not what the store gives")
+        if not check:
+            image.write_text(drawn)
     if check:
         for difference in wrong:
             typer.echo(difference)

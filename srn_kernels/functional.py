@@ -71,8 +71,8 @@ def stable_rank_normalize(
         out_dtype: of the results; None: each weight's own. float64 needs float64 weights.
         gradient: "frozen", or "exact": as if u, v were the top singular pair of W and moved with
             it, whatever ``training`` is; accurate as far as they have converged, bounded where the
-            two largest singular values coincide, differentiable once. See
-            :mod:`srn_kernels.core.exact` for its cost.
+            two largest singular values coincide, differentiable once. It reads W twice a step of
+            conjugate gradients, 5 to 50 steps for the gaps of trained layers.
         backend: "auto", "reference", "cpu", "triton" or "cuda".
 
     Returns:
@@ -81,6 +81,16 @@ def stable_rank_normalize(
     Raises:
         ValueError, TypeError: an argument is wrong; nothing has been changed.
         RuntimeError: the named backend cannot serve.
+
+    Example:
+        >>> weight = torch.eye(4, 8, requires_grad=True)  # stable rank 4
+        >>> u, v = torch.eye(4)[0], torch.eye(8)[0]
+        >>> (out,) = srn.functional.stable_rank_normalize([weight], [u], [v], [2.0])
+        >>> round(out.square().sum().item(), 4)  # |W_hat|_F^2 = r
+        2.0
+        >>> out.sum().backward()
+        >>> weight.grad.shape
+        torch.Size([4, 8])
     """
     backends.check_name(backend)
     request = Request.checked(
@@ -124,6 +134,13 @@ def stable_rank_project_(
 
     Runs under no_grad, works on leaf Parameters and bumps their version. Arguments and errors as
     there; a weight that overlaps itself in memory (an expanded tensor) raises ValueError.
+
+    Example:
+        >>> weight = nn.Parameter(torch.eye(4, 8))
+        >>> u, v = torch.eye(4)[0], torch.eye(8)[0]
+        >>> srn.functional.stable_rank_project_([weight], [u], [v], [2.0])
+        >>> round(weight.square().sum().item(), 4)
+        2.0
     """
     backends.check_name(backend)
     request = Request.checked(

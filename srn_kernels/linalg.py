@@ -82,6 +82,10 @@ def stable_rank(W: Tensor) -> Tensor:
     W: (..., rows, columns), real or complex floating point. Returns (...), real, differentiable;
     0 for a zero matrix. Raises TypeError for other dtypes, ValueError for fewer dimensions or
     elements that are not finite.
+
+    Example:
+        >>> srn.linalg.stable_rank(torch.diag(torch.tensor([2.0, 1.0, 1.0])))
+        tensor(1.5000)
     """
     W = _matrix(W)
     if not W.isfinite().all():
@@ -216,6 +220,11 @@ def top_singular(W: Tensor, k: int, *, iterations: int = 1000, tol: float = 1e-6
     differentiable where the singular values differ, S where they are distinct from the next.
 
     Raises TypeError or ValueError for a wrong W, k (1 to min(rows, columns)), iterations or tol.
+
+    Example:
+        >>> found = srn.linalg.top_singular(torch.diag(torch.tensor([3.0, 2.0, 1.0])), k=2)
+        >>> found.S, bool(found.converged)
+        (tensor([3.0000, 2.0000]), True)
     """
     check_count(k, "k", 1)
     check_count(iterations, "iterations", 1)
@@ -287,6 +296,11 @@ def nearest_with_stable_rank(
 
     Raises:
         TypeError, ValueError: a wrong W (also one that is not finite), r, k or method.
+
+    Example:
+        >>> W_hat, kept, gamma = srn.linalg.nearest_with_stable_rank(torch.eye(5), 2.0)
+        >>> kept, round(gamma, 4), round(srn.linalg.stable_rank(W_hat).item(), 4)
+        (1, 0.5, 2.0)
     """
     _check_method(method)
     check_count(k, "k", 0)
@@ -356,6 +370,10 @@ def spectral_clip(W: Tensor, s: float, *, method: str = "power") -> Tensor:
     Returns a tensor of W's shape and dtype, differentiable once where no s_i equals s.
 
     Raises TypeError or ValueError for a wrong W (also one that is not finite), s or method.
+
+    Example:
+        >>> srn.linalg.spectral_clip(torch.diag(torch.tensor([3.0, 1.0])), 2.0).diagonal()
+        tensor([2.0000, 1.0000])
     """
     _check_method(method)
     if not check_number(s, "s") > 0:

@@ -31,7 +31,14 @@ def stable_rank_normalize(
     out_dtype: torch.dtype | None = None,
     gradient: str = "frozen",
 ) -> list[Tensor]:
-    """:func:`srn_kernels.functional.stable_rank_normalize`, layer by layer in plain PyTorch."""
+    """:func:`srn_kernels.functional.stable_rank_normalize`, layer by layer in plain PyTorch.
+
+    Example:
+        >>> weight, u, v = torch.eye(4, 8), torch.eye(4)[0], torch.eye(8)[0]
+        >>> (out,) = srn.reference.stable_rank_normalize([weight], [u], [v], [2.0])
+        >>> round(out.square().sum().item(), 4)
+        2.0
+    """
     request = Request.checked(
         weights, us, vs, target_ranks, n_power_iterations, eps, dims, training, out_dtype, gradient
     )
@@ -69,7 +76,14 @@ def stable_rank_project_(
     dims: Sequence[int] | None = None,
     training: bool = True,
 ) -> None:
-    """:func:`srn_kernels.functional.stable_rank_project_`, layer by layer in plain PyTorch."""
+    """:func:`srn_kernels.functional.stable_rank_project_`, layer by layer in plain PyTorch.
+
+    Example:
+        >>> weight, u, v = torch.eye(4, 8), torch.eye(4)[0], torch.eye(8)[0]
+        >>> srn.reference.stable_rank_project_([weight], [u], [v], [2.0])
+        >>> round(weight.square().sum().item(), 4)
+        2.0
+    """
     with torch.no_grad():
         outs = stable_rank_normalize(
             weights,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.measure import groups
@@ -11,19 +11,27 @@ from benchmarks.measure.store import ROOT, Row
 from benchmarks.report import tables
 
 MAIN = "benchmarks"  # the block of most documents
+PICTURE = "docs/savings.svg"  # the README's
 COMMAND = "make bench BENCH_ARGS=--save && python -m benchmarks publish"
 GROUPS = ROOT / "docs" / "distributed.md"
 
 
-def markdown(
-    rows: Sequence[Row], made: Callable[[Sequence[Row]], list[tables.Grid]] = tables.grids
-) -> str:
-    """The block that belongs between the markers."""
+def markdown(rows: Sequence[Row]) -> str:
+    """All tables, as they belong between the markers."""
     if not rows:
         return "No measurement is stored yet."
-    parts = [grid.markdown() for grid in made(rows)]
+    parts = [grid.markdown() for grid in tables.grids(rows)]
     note = "Bold: the fastest that gives SN, or SRN. "
     return "\n\n".join([*parts, note + tables.caption(rows), f"Made by `{COMMAND}`."])
+
+
+def brief(rows: Sequence[Row]) -> str:
+    """The README's block: one table, and where its figures were measured."""
+    grid = tables.savings(rows)
+    if not grid.lines:
+        return "No measurement is stored yet."
+    chosen = [r for r in rows if r.workload in tables.BRIEF_WORKLOADS]
+    return "\n\n".join([grid.markdown(), tables.caption(chosen), f"Made by `{COMMAND}`."])
 
 
 def blocks(
@@ -39,7 +47,7 @@ def blocks(
         parts = [grid.markdown() for grid in tables.curves(grown)]
         made = "Made by `python -m benchmarks grow --save && python -m benchmarks publish`."
         full = "\n\n".join([full, *parts, tables.caption(grown), made])
-    return {"README.md": markdown(rows, tables.brief), "docs/benchmarks.md": full}
+    return {"README.md": brief(rows), "docs/benchmarks.md": full}
 
 
 def markers(name: str) -> tuple[str, str]:

@@ -24,13 +24,13 @@ MODE_TITLES = {
     "step": "Training step",
 }
 
-# What a reader of the README compares.
-BRIEF_WORKLOADS = (
-    "sngan_cifar_resnet_D",
-    "real_esrgan_unet_D",
-    "emulator_175",
-    "biggan_128_D_ch96",
-)
+# What a reader of the README compares, and what people call it.
+BRIEF_WORKLOADS = {
+    "sngan_cifar_resnet_D": "SN-GAN discriminator, CIFAR-10",
+    "real_esrgan_unet_D": "Real-ESRGAN discriminator",
+    "emulator_175": "Weather emulator",
+    "biggan_128_D_ch96": "BigGAN-128 discriminator",
+}
 BRIEF_PROVIDERS = (
     "copy",
     "torch_sn",
@@ -214,12 +214,44 @@ def grids(rows: Sequence[Row]) -> list[Grid]:
     return [grid for grid in made if grid.lines]
 
 
-def brief(rows: Sequence[Row]) -> list[Grid]:
-    """What a reader of the README wants to know first."""
-    chosen = [r for r in rows if r.workload in BRIEF_WORKLOADS]
-    compared = [r for r in chosen if r.provider in BRIEF_PROVIDERS]
-    made = (_time_grid("forward_backward", compared), _step_grid(chosen))
-    return [grid for grid in made if grid.lines]
+def find(rows: Iterable[Row], workload: str, **fields: object) -> Row | None:
+    """The row of a workload whose fields have these values; None without one."""
+    chosen = (r for r in rows if r.workload == workload)
+    return next((r for r in chosen if all(getattr(r, k) == v for k, v in fields.items())), None)
+
+
+def savings(rows: Sequence[Row]) -> Grid:
+    """What a reader of the README wants to know: a line a model, a blank where nothing is known."""
+
+    def times(row: Row | None) -> str:
+        return f"{row.p50:.1f}" if row else ""
+
+    def share(row: Row | None) -> str:
+        return f"{row.p50:.0f} % ({row.p20:.0f} to {row.p80:.0f})" if row else ""
+
+    lines = []
+    for name, title in BRIEF_WORKLOADS.items():
+        weights = workloads.find(name)
+        size = f"{len(weights.shapes)} layers, {weights.parameters * 4 / 1e6:.0f} MB"
+        both = {"provider": "module", "mode": "forward_backward"}
+        step = {"rank_ratio": 1.0, "mode": "step", "metric": "share_of_step_percent"}
+        cells = [
+            times(find(rows, name, **both, rank_ratio=1.0, metric="speedup_over_torch_sn_x")),
+            times(find(rows, name, **both, rank_ratio=0.7, metric="speedup_over_layerwise_x")),
+            share(find(rows, name, **step, provider="torch_sn")),
+            share(find(rows, name, **step, provider="module")),
+        ]
+        if any(cells):
+            lines.append([title, size, *cells])
+    header = [
+        "model",
+        "weights",
+        "SN: times faster than torch's",
+        "SRN: than layer by layer",
+        "torch's SN, of a training step",
+        "SN here, of a training step",
+    ]
+    return Grid("What it saves", header, lines)
 
 
 def curves(rows: Sequence[Row]) -> list[Grid]:

@@ -30,7 +30,12 @@ def load(name: str) -> ModuleType:
 
 
 def available_backends() -> dict[str, str | None]:
-    """Every backend's name, with None if it is live or the reason why it is not."""
+    """Every backend's name, with None if it is live or the reason why it is not.
+
+    Example:
+        >>> srn.available_backends()["reference"] is None
+        True
+    """
     return {name: load(name).unavailable_reason() for name in BACKENDS}
 
 
@@ -46,6 +51,11 @@ def use_backend(name: str) -> Iterator[None]:
 
     An explicit ``backend=`` still wins. Raises RuntimeError on entry if the backend cannot serve,
     ValueError if there is no such backend.
+
+    Example:
+        >>> layer = srn.spectral_norm(nn.Linear(8, 8))
+        >>> with srn.use_backend("reference"):
+        ...     y = layer(torch.randn(2, 8))
     """
     check_name(name, "name")
     if name != "auto" and (reason := load(name).unavailable_reason()):

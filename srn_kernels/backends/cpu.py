@@ -30,5 +30,10 @@ def take_like(weights, dtype=None):
 
 
 def empty_cache() -> int:
-    """Frees the memory kept between rounds that is not in use; returns the bytes freed."""
+    """Frees the memory kept between rounds that is not in use; returns the bytes freed.
+
+    Example:
+        >>> srn.empty_cache() >= 0
+        True
+    """
     return 0 if _cpu is None else _cpu.empty_recycler()

@@ -65,6 +65,13 @@ class StableRankNormFunction(torch.autograd.Function):
     touching the state. In eager mode, ``apply(plan, record, (us, vs), *weights, *gains)`` spares
     autograd the look at tensors that never have a gradient. Twice differentiable in eager mode.
     Several backwards may reach one node; layers without a gradient get None.
+
+    Example:
+        >>> weight = torch.randn(4, 8, requires_grad=True)
+        >>> u, v = torch.eye(4)[0], torch.eye(8)[0]
+        >>> (out,) = srn.functional.stable_rank_normalize([weight], [u], [v], [2.0])
+        >>> out.grad_fn.name()
+        'StableRankNormFunctionBackward'
     """
 
     @staticmethod

@@ -15,10 +15,10 @@ from srn_kernels.maths.scalars import SPECTRAL, Stats
 class Normalized(NamedTuple):
     """One layer, normalised."""
 
-    weight: Tensor  # W_hat
-    u: Tensor  # (rows,), or (rows, pairs), the unit u of this round
-    v: Tensor  # (columns,), or (columns, pairs)
-    stats: Tensor  # float64, a row of Stats
+    weight: Tensor  #: W_hat
+    u: Tensor  #: (rows,), or (rows, pairs), the unit u of this round
+    v: Tensor  #: (columns,), or (columns, pairs)
+    stats: Tensor  #: float64, a row of Stats
 
 
 class Rule:
@@ -29,6 +29,18 @@ class Rule:
     target_rank is the layer's r, inf for none; stats is the layer's float64 row of
     :class:`srn_kernels.maths.scalars.Stats`. :func:`srn_kernels.register_rule` makes a rule an
     option of every function that normalises.
+
+    Example:
+        >>> class Doubled(srn.Rule):
+        ...     name = "doubled"
+        ...     def normalize(self, w, u, v, target_rank, iterations, eps):
+        ...         return 2 * w, u, v, self.stats_of(w)
+        ...     def gradient(self, g, w, u, v, stats, target_rank):
+        ...         return 2 * g
+        >>> no_vectors = torch.empty(0)
+        >>> Doubled().normalize_layer(torch.eye(2), no_vectors, no_vectors, 1.0, 1, 1e-12, 0).weight
+        tensor([[2., 0.],
+                [0., 2.]])
     """
 
     name: str  # what ``rule=`` calls it

@@ -14,6 +14,18 @@ def register_rule(rule: Rule) -> Rule:
 
     rule: an instance of a subclass of :class:`srn_kernels.Rule`. Returns it, so that it can be
     used at once. TypeError: not a rule, or without a name; ValueError: the name is taken.
+
+    Example:
+        >>> class Halved(srn.Rule):
+        ...     name = "halved"
+        ...     def normalize(self, w, u, v, target_rank, iterations, eps):
+        ...         return w / 2, u, v, self.stats_of(w)
+        ...     def gradient(self, g, w, u, v, stats, target_rank):
+        ...         return g / 2
+        >>> _ = srn.register_rule(Halved())
+        >>> layer = srn.stable_rank_norm(nn.Linear(4, 4), rule="halved")
+        >>> torch.equal(srn.normalized_weight(layer), layer.weight / 2)
+        True
     """
     if not isinstance(rule, Rule):
         raise TypeError(f"rule must be an instance of srn_kernels.Rule, got {rule!r}")

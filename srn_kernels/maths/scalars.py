@@ -15,16 +15,16 @@ class Stats(NamedTuple):
     """A layer's float64 statistics by name, in the order of their columns; csrc/scalars.h has the
     same. ``Stats(*stats[i])`` reads a layer, ``Stats(*stats.unbind(-1))`` all layers at once."""
 
-    sigma: Any  # u^T W v
-    frobenius_sq: Any  # |W|_F^2
-    q: Any  # |W|_F^2 / sigma^2 less the part that is kept
+    sigma: Any  #: u^T W v
+    frobenius_sq: Any  #: |W|_F^2
+    q: Any  #: |W|_F^2 / sigma^2 less the part that is kept
     gamma: Any
-    a: Any  # W_hat = a W + b u v^T
+    a: Any  #: W_hat = a W + b u v^T
     b: Any
     branch: Any
-    kept: Any  # how many singular values are kept, where that is counted; else 0
-    factor: Any = 1.0  # what is returned is factor W_hat, see srn_kernels.maths.bound
-    by_gain: Any = 1.0  # the factor's derivatives
+    kept: Any  #: how many singular values are kept, where that is counted; else 0
+    factor: Any = 1.0  #: what is returned is factor W_hat, see srn_kernels.maths.bound
+    by_gain: Any = 1.0  #: the factor's derivatives
     by_sigma: Any = 0.0
 
     def masks(self) -> tuple[Tensor, Tensor]:

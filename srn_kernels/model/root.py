@@ -351,6 +351,13 @@ def shared_round(model: nn.Module) -> Iterator[None]:
     by the first forward that wants them, and one made before an optimiser step by the next forward.
 
     Raises ValueError if nothing in ``model`` is normalised.
+
+    Example:
+        >>> D = srn.apply_stable_rank_norm(nn.Sequential(nn.Linear(8, 1)), rank_ratio=1.0)
+        >>> real, fake = torch.randn(4, 8), torch.randn(4, 8)
+        >>> with srn.shared_round(D):  # one W_hat and one power iteration for both
+        ...     loss = D(fake).mean() - D(real).mean()
+        >>> loss.backward()
     """
     entries = entries_of(model)
     if not entries:

@@ -49,6 +49,12 @@ class Options(TypedDict, total=False):
         rule: the normalisation, "stable_rank" or the name of one that
             :func:`srn_kernels.register_rule` was given, which then says what the options mean
             ("stable_rank").
+
+    Example:
+        >>> gentle: srn.Options = {"sigma_max": 6.0, "n_power_iterations": 2}
+        >>> model = srn.apply_stable_rank_norm(nn.Sequential(nn.Linear(8, 8)), 1.0, **gentle)
+        >>> srn.report(model)[0].note
+        'sigma_max=6'
     """
 
     n_power_iterations: int

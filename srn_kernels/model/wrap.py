@@ -1,4 +1,7 @@
-"""The interface people call: wrap layers and whole models, look at them, and take it off again."""
+"""The interface people call: wrap layers and whole models, look at them, and take it off again.
+
+Beyond 400 lines because every function here is public, with its documentation and an example.
+"""
 
 from __future__ import annotations
 
@@ -65,6 +68,11 @@ def stable_rank_norm(
         ValueError, TypeError: naming the argument; RuntimeError: a backend that cannot serve, or
             (an error that is a ValueError too) a parameter that is normalised already. The module
             is as it was.
+
+    Example:
+        >>> layer = srn.stable_rank_norm(nn.Linear(64, 32), rank_ratio=0.25)
+        >>> srn.report(layer)[0].target, list(layer.state_dict())
+        (8.0, ['weight', 'bias', 'weight_u', 'weight_v'])
     """
     keywords = {"n_power_iterations": n_power_iterations, "eps": eps, "dim": dim, **options}
     entry = prepare_entry(module, name, str(name), {"rank_ratio": rank_ratio, **keywords})
@@ -100,7 +108,13 @@ def spectral_norm(
     dim: int | None = None,
     **options: Unpack[Options],
 ) -> M:
-    """:func:`stable_rank_norm` with rank_ratio 1, and torch's own order of arguments."""
+    """:func:`stable_rank_norm` with rank_ratio 1, and torch's own order of arguments.
+
+    Example:
+        >>> layer = srn.spectral_norm(nn.ConvTranspose2d(4, 8, 3))
+        >>> layer.weight_u.shape  # rows along dimension 1, as in torch
+        torch.Size([8])
+    """
     return stable_rank_norm(module, name, 1.0, n_power_iterations, eps, dim, **options)
 
 
@@ -116,7 +130,8 @@ def apply_stable_rank_norm(
     groups: int = 1,
     **options: Unpack[Options],
 ) -> M:
-    """Normalises every layer of a model, one fused round per forward of ``model``.
+    """Normalises every layer of a model, one fused round per forward of ``model`` (arXiv
+    1906.04659, Algorithm 2).
 
     Args:
         model: modified in place and returned. Layers that are normalised already stay as they are,
@@ -137,6 +152,15 @@ def apply_stable_rank_norm(
     Raises:
         ValueError, TypeError, RuntimeError: naming the argument or layer, also where no layer of
             the model would be normalised by this library; the model is as it was.
+
+    Example:
+        >>> D = nn.Sequential(nn.Conv2d(3, 16, 3), nn.Flatten(), nn.Linear(16 * 36, 1))
+        >>> D = srn.apply_stable_rank_norm(D, rank_ratio=0.5, overrides={"2": {"rank_ratio": 1.0}})
+        >>> [(row.name, row.target) for row in srn.report(D)]
+        [('0.weight', 8.0), ('2.weight', inf)]
+        >>> D(torch.randn(2, 3, 8, 8)).sum().backward()
+        >>> isinstance(D[0].weight, nn.Parameter), D[0].weight.grad.shape
+        (True, torch.Size([16, 3, 3, 3]))
     """
     groups = check_count(groups, "groups", 1)
     added, left_out = select(
@@ -208,7 +232,13 @@ def _hook_readers(model: nn.Module) -> None:
 
 def skipped(model: nn.Module) -> list[tuple[str, str]]:
     """(name, reason) of what the last :func:`apply_stable_rank_norm` and
-    :func:`convert_spectral_norm` on ``model`` left as it is."""
+    :func:`convert_spectral_norm` on ``model`` left as it is.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 1))
+        >>> srn.skipped(srn.apply_stable_rank_norm(model, exclude=["2"]))
+        [('2', 'in exclude')]
+    """
     this = model.__dict__.get(root.GROUP)
     return [] if this is None else list(this.skipped)
 
@@ -218,6 +248,12 @@ def fuse(model: M, *, groups: int = 1) -> M:
 
     Layers that share a Parameter then share u, v and W_hat. groups: see
     :func:`apply_stable_rank_norm`. Returns the model; ValueError if nothing in it is normalised.
+
+    Example:
+        >>> layers = (srn.spectral_norm(nn.Linear(4, n)) for n in (4, 1))
+        >>> model = srn.fuse(nn.Sequential(*layers))  # one round a forward
+        >>> model(torch.randn(2, 4)).shape
+        torch.Size([2, 1])
     """
     groups = check_count(groups, "groups", 1)
     entries = all_entries(model)
@@ -264,7 +300,13 @@ def _entry(layer: nn.Module, name: str) -> NormalizedWeight:
 
 def is_normalized(layer: nn.Module, name: str = "weight") -> bool:
     """Whether a parameter of this layer is normalised when the layer is called: wrapped, still
-    there as a Parameter, and with this library's hooks on the layer."""
+    there as a Parameter, and with this library's hooks on the layer.
+
+    Example:
+        >>> model = srn.apply_stable_rank_norm(nn.Sequential(nn.Linear(4, 4), nn.ReLU()))
+        >>> srn.is_normalized(model[0]), srn.is_normalized(model[1])
+        (True, False)
+    """
     if not isinstance(layer, nn.Module):
         raise TypeError(f"layer must be an nn.Module, got {type(layer).__name__}")
     if name not in layer.__dict__.get(KEY, {}):
@@ -276,6 +318,11 @@ def normalized_weight(layer: nn.Module, name: str = "weight") -> Tensor:
     """W_hat now, in the weight's shape: differentiable, and no state changes.
 
     Inside a round it is the round's own W_hat. ValueError if the parameter is not normalised.
+
+    Example:
+        >>> layer = srn.spectral_norm(nn.Linear(16, 8))
+        >>> bool(torch.linalg.matrix_norm(srn.normalized_weight(layer), 2) < 1.01)
+        True
     """
     entry = _entry(layer, name)
     if entry.shadow is not None and name in layer.__dict__:
@@ -287,6 +334,12 @@ def set_rank_ratio(model_or_layer: nn.Module, value: float) -> None:
     """Sets rank_ratio of every normalised parameter at or below a module (for schedules).
 
     An absolute ``stable_rank`` is replaced by the ratio. ValueError if nothing is normalised.
+
+    Example:
+        >>> model = srn.apply_stable_rank_norm(nn.Sequential(nn.Linear(64, 64)), rank_ratio=0.9)
+        >>> srn.set_rank_ratio(model, 0.5)
+        >>> srn.report(model)[0].target
+        32.0
     """
     value = check_ratio(value)
     for entry in all_entries(model_or_layer):
@@ -294,8 +347,19 @@ def set_rank_ratio(model_or_layer: nn.Module, value: float) -> None:
 
 
 def refresh(model: M, iterations: int = 15) -> M:
-    """Converges u and v of every normalised layer anew; needed only after writes through ``.data``
-    or writes that a compiled forward saw first. Returns the model."""
+    """Converges u and v of every normalised layer anew, by ``iterations`` power iterations (>= 1).
+
+    Needed only after writes through ``.data``, or writes that a compiled forward saw first. Returns
+    the model. ValueError, TypeError: wrong iterations, or nothing in it is normalised.
+
+    Example:
+        >>> layer = srn.spectral_norm(nn.Linear(16, 8))
+        >>> _ = layer(torch.randn(1, 16)).sum().backward()
+        >>> _ = layer.weight.data.normal_()  # unseen: u and v are those of the old weight
+        >>> _ = srn.refresh(layer)
+        >>> bool(torch.linalg.matrix_norm(srn.normalized_weight(layer), 2) < 1.01)
+        True
+    """
     iterations = check_count(iterations, "iterations", 1)
     converge(all_entries(model), iterations)
     return model
@@ -318,6 +382,15 @@ def remove_stable_rank_norm(model_or_layer: M) -> M:
     Evaluation output is unchanged; there is no power iteration; Parameters keep their identity.
     Returns the module; ValueError if nothing in it is normalised, or if a Parameter has another
     owner in it that is not normalised and would be changed too (:func:`export` unties those).
+
+    Example:
+        >>> model = srn.apply_stable_rank_norm(nn.Sequential(nn.Linear(8, 4)), 0.5).eval()
+        >>> x = torch.randn(2, 8)
+        >>> before = model(x)
+        >>> torch.allclose(srn.remove_stable_rank_norm(model)(x), before, atol=1e-6)
+        True
+        >>> list(model.state_dict())
+        ['0.weight', '0.bias']
     """
     entries = all_entries(model_or_layer)
     for entry, owner in _other_owners(model_or_layer, entries):
@@ -357,7 +430,14 @@ def export(model: M) -> M:
     """A plain copy of ``model`` with W_hat as its parameters; the original is left alone.
 
     Parameters that a module which is not normalised shares are untied in the copy: it keeps the
-    raw weight. Conv-bn fusion, opacus, torch.fx, ONNX and TorchScript work on the copy.
+    raw weight. Conv-bn fusion, opacus, torch.fx, ONNX and TorchScript work on the copy. ValueError
+    if nothing in ``model`` is normalised.
+
+    Example:
+        >>> model = srn.apply_stable_rank_norm(nn.Sequential(nn.Linear(8, 4)), 0.5).eval()
+        >>> plain, x = srn.export(model), torch.randn(2, 8)
+        >>> torch.allclose(plain(x), model(x), atol=1e-6), srn.is_normalized(plain[0])
+        (True, False)
     """
     refuse_in_use(all_entries(model), "export")
     # What hooks of others (weight_norm) leave in a module is no leaf, and made anew in its forward.

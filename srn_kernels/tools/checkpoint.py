@@ -37,6 +37,14 @@ def to_torch_state_dict(model: nn.Module, form: str = "legacy") -> dict[str, Any
         ValueError: a wrong form; nothing normalised; a layer that the form cannot express, by name
             (a stable rank, a soft bound, a gain, a zero weight, or, for "original", a layer that
             was not converted or whose settings were changed since).
+
+    Example:
+        >>> model = srn.apply_stable_rank_norm(nn.Sequential(nn.Linear(8, 4)), rank_ratio=1.0)
+        >>> state = srn.to_torch_state_dict(model, "legacy")
+        >>> sorted(state)
+        ['0.bias', '0.weight_orig', '0.weight_u', '0.weight_v']
+        >>> nn.Sequential(nn.utils.spectral_norm(nn.Linear(8, 4))).load_state_dict(state)
+        <All keys matched successfully>
     """
     if form not in FORMS:
         raise ValueError(f"form must be one of {FORMS}, got {form!r}")

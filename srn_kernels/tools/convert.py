@@ -66,6 +66,14 @@ def convert_spectral_norm(
     Raises:
         ValueError, TypeError, RuntimeError: nothing to take over, a wrong argument, or another
             setting for layers that this library normalises already; the model is as it was.
+
+    Example:
+        >>> D = nn.Sequential(nn.utils.spectral_norm(nn.Linear(8, 8)), nn.ReLU()).eval()
+        >>> x = torch.randn(4, 8)
+        >>> before = D(x)
+        >>> D = srn.convert_spectral_norm(D)
+        >>> torch.allclose(D(x), before, atol=1e-6), srn.is_normalized(D[0])
+        (True, True)
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")

@@ -91,7 +91,8 @@ def operator_norm(
     Args:
         module: a Linear, Conv1-3d or ConvTranspose1-3d; any stride, padding and padding_mode,
             dilation, groups and output_padding. The bias does not count.
-        input_shape: of one input, without the batch: (channels, *spatial), or (..., features).
+        input_shape: of one input, without the batch: ``(channels, *spatial)``, or
+            ``(..., features)``.
         weight: in place of ``module.weight`` (W_hat, say).
         output_size: of a transposed convolution that was called with one.
         iterations, tol: of the power iteration; the result is within tol, relative, of a singular
@@ -99,6 +100,12 @@ def operator_norm(
 
     Raises:
         TypeError, ValueError: a module of another class, or a shape that it cannot take.
+
+    Example:
+        >>> box = nn.Conv1d(1, 1, 3, padding=1, padding_mode="circular", bias=False)
+        >>> _ = nn.init.ones_(box.weight)
+        >>> round(srn.operator_norm(box, (1, 64)), 3)  # of the kernel as a matrix it is sqrt(3)
+        3.0
     """
     if not isinstance(module, LAYERS):
         raise TypeError(

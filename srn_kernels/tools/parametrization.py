@@ -22,6 +22,13 @@ class StableRankNorm(nn.Module):
     rounding, step for step. A one-dimensional weight becomes W / |W|_2.
 
     Raises ValueError or TypeError for a weight or setting that cannot be used.
+
+    Example:
+        >>> layer = nn.Linear(64, 32)
+        >>> rule = srn.StableRankNorm(layer.weight, rank_ratio=0.25)
+        >>> _ = nn.utils.parametrize.register_parametrization(layer, "weight", rule)
+        >>> bool(srn.linalg.stable_rank(layer.weight) <= 8.01)
+        True
     """
 
     rank_ratio: float

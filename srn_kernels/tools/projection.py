@@ -24,7 +24,16 @@ _WRAPPED = ("normalised already", "its Parameter is normalised by another layer"
 
 
 class Projection:
-    """What :func:`project_after_step` returns: the projected weights with their u and v."""
+    """What :func:`project_after_step` returns: the projected weights with their u and v.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(8, 8))
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> projection = srn.project_after_step(optimizer, model)
+        >>> projection.names, sorted(projection.state_dict()["0.weight"])
+        (['0.weight'], ['u', 'v'])
+        >>> projection.remove()
+    """
 
     def __init__(
         self, optimizer: Optimizer, entries: Sequence[NormalizedWeight], skipped: list[Any]
@@ -151,6 +160,15 @@ def project_after_step(
     Raises:
         ValueError, TypeError: a wrong argument, no layer to project, or a layer that is wrapped by
             srn_kernels already.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(8, 8, bias=False))
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> projection = srn.project_after_step(optimizer, model, rank_ratio=0.5)
+        >>> model(torch.randn(2, 8)).square().sum().backward()
+        >>> optimizer.step()  # steps, then W <- W_hat
+        >>> bool(model[0].weight.square().sum() <= 4.001)  # |W|_F^2 <= r, as sigma is 1
+        True
     """
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"optimizer must be a torch Optimizer, got {type(optimizer).__name__}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from typer.testing import CliRunner
 from benchmarks.cases import workloads
 from benchmarks.commands import app
 from benchmarks.measure import groups, store, suite, timing
-from benchmarks.report import documents, plots, tables
+from benchmarks.report import documents, picture, plots, tables
 
 
 def test_rows_survive_the_store(tmp_path):
@@ -49,7 +50,8 @@ cli = CliRunner()
 
 def test_publish_writes_and_check_detects_a_difference(tmp_path):
     results = tmp_path / "results"
-    store.append([make_row(), make_row(metric="time_over_copy_x")], results / store.ROUNDS)
+    rows = [make_row(metric=m) for m in ("time_ms", "time_over_copy_x", "speedup_over_torch_sn_x")]
+    store.append([*rows, make_row(provider="torch_sn")], results / store.ROUNDS)
     (tmp_path / "docs").mkdir()
     readme, full = tmp_path / "README.md", tmp_path / "docs" / "benchmarks.md"
     for document in (readme, full):
@@ -61,10 +63,14 @@ def test_publish_writes_and_check_detects_a_difference(tmp_path):
     assert (tmp_path / "docs" / "overhead.png").stat().st_size > 0
     text = readme.read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n")
-    readme.write_text(text.replace("**2.00", "**1.00"))
+    readme.write_text(text.replace("| 2.0 ", "| 1.0 "))
     result = cli.invoke(app, [*arguments, "--check"])
     assert result.exit_code == 1
-    assert "**1.00" in result.output
+    assert "| 1.0 " in result.output
+    readme.write_text(text)
+    image = tmp_path / documents.PICTURE
+    image.write_text(image.read_text().replace("2.0 times faster", "9.0 times faster"))
+    assert "savings.svg is not" in cli.invoke(app, [*arguments, "--check"]).output
     readme.write_text("no markers")
     assert cli.invoke(app, [*arguments, "--check"]).exit_code == 2
 
@@ -160,6 +166,26 @@ def test_compare_tells_a_change_from_noise():
     assert [line[-2:] for line in grid.lines] == [["1.25", "same"], ["0.30", "faster"]]
     with pytest.raises(ValueError, match="cccc"):
         tables.comparison(rows, "aaaa", "cccc")
+
+
+def test_the_picture_draws_an_operator_a_square_and_bars_to_scale():
+    rows = [
+        make_row(workload=picture.COUNTED, provider=name, metric=metric, p50=value)
+        for name, metric, value in (
+            ("torch_sn", "operators", 506.0),
+            ("module", "operators", 2.0),
+            ("torch_sn", "time_ms", 100.0),
+            ("module", "time_ms", 25.0),
+            ("module", "speedup_over_torch_sn_x", 4.0),
+        )
+    ]
+    root = ElementTree.fromstring(picture.savings(rows))
+    boxes = [e for e in root.iter() if e.tag.endswith("rect")]
+    theirs, ours = ([b for b in boxes if b.get("class") == c] for c in ("theirs", "ours"))
+    assert (len(theirs), len(ours)) == (507, 3)
+    widths = [max(float(b.get("width")) for b in part) for part in (theirs, ours)]
+    assert widths[0] == 4 * widths[1]
+    assert not picture.savings([])
 
 
 def test_plot(tmp_path):

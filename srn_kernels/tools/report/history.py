@@ -11,7 +11,6 @@ from torch import nn
 from srn_kernels.core.arguments import check_count
 from srn_kernels.maths.scalars import STABLE_RANK, Stats
 from srn_kernels.model import root
-from srn_kernels.model.settings import plain
 from srn_kernels.model.weight import NormalizedWeight
 from srn_kernels.tools.report.layers import names_in, row_of
 
@@ -38,6 +37,13 @@ class History:
 
     Raises:
         ValueError: nothing is normalised. TypeError: ``to`` is none of these, or a wrong step.
+
+    Example:
+        >>> model = srn.apply_stable_rank_norm(nn.Sequential(nn.Linear(8, 4)))
+        >>> history = srn.History(model)
+        >>> _ = model(torch.randn(2, 8))
+        >>> sorted(history()["0.weight"]), len(history.rows)
+        (['active', 'gamma', 'normalized_stable_rank', 'sigma', 'stable_rank'], 1)
     """
 
     def __init__(self, model: nn.Module, to: Any = None) -> None:
@@ -48,7 +54,7 @@ class History:
         self._write = _writer(to)
 
     def __call__(self, step: int | None = None) -> dict[str, dict[str, float]]:
-        step = len(self.rows) if step is None else check_count(plain(step), "step", 0)
+        step = len(self.rows) if step is None else check_count(step, "step", 0)
         row = self._look()
         self.rows.append(row)
         if self._write is not None:

@@ -96,7 +96,8 @@ def report(model: nn.Module, input_shape: Sequence[int] | None = None) -> Report
     """One row for each normalised parameter of ``model``; no state changes.
 
     sigma is the estimate u^T W v that the layers use (converged first, on a copy, where the weight
-    was replaced), and the stable ranks are relative to it. Layers of the model's round that are no
+    was replaced), and the stable ranks, |W|_F^2 / sigma^2 (arXiv 1906.04659, Definition 3.1), are
+    relative to it. Layers of the model's round that are no
     longer part of the model are listed with a note.
 
     With ``input_shape``, the shape of the model's input (with or without a batch dimension), a copy
@@ -105,6 +106,13 @@ def report(model: nn.Module, input_shape: Sequence[int] | None = None) -> Report
     a convolution 1-Lipschitz.
 
     Raises ValueError if nothing is normalised, or if the model does not run on ``input_shape``.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(8, 4, bias=False))
+        >>> _ = nn.init.eye_(model[0].weight)  # stable rank 4
+        >>> row = srn.report(srn.apply_stable_rank_norm(model, rank_ratio=0.5))[0]
+        >>> row.shape, row.target, row.active, round(row.normalized_stable_rank, 4)
+        ((4, 8), 2.0, True, 2.0)
     """
     present = root.entries_of(model)
     this = model.__dict__.get(root.GROUP)

@@ -13,21 +13,28 @@ from typing import Any
 class LayerReport:
     """One normalised parameter."""
 
-    name: str
-    shape: tuple[int, int]  # of the matrix view: rows, columns
-    sigma: float  # u^T W v, the estimate in use, or |W|_2 where the rule keeps no u, v
-    stable_rank: float  # of W, |W|_F^2 / sigma^2
-    normalized_stable_rank: float  # of W_hat, by its own singular values' bound |W_hat|_F^2
-    target: float  # r; inf: spectral norm alone
-    gamma: float  # factor of the part beside u v^T; 1 where the constraint does nothing
-    active: bool  # whether the stable-rank constraint changes this weight
-    note: str = ""
-    # The norm of W_hat as a convolution on its input's size, its largest if there are several.
+    name: str  #: of the parameter in the model
+    shape: tuple[int, int]  #: (rows, columns) of the matrix
+    sigma: float  #: u^T W v, the estimate in use, or |W|_2 where the rule keeps no u, v
+    stable_rank: float  #: of W, |W|_F^2 / sigma^2
+    normalized_stable_rank: float  #: of W_hat, by its own singular values' bound |W_hat|_F^2
+    target: float  #: r, inf for spectral norm alone
+    gamma: float  #: factor of the part beside u v^T; 1 where the constraint does nothing
+    active: bool  #: whether the stable-rank constraint changes this weight
+    note: str = ""  #: what else there is to say
+    #: The norm of W_hat as a convolution on its input's size, its largest if there are several.
     operator_norm: float | None = None
 
 
 class Report:
-    """Rows of :class:`LayerReport`: iterate them, print them, or take :meth:`to_dict`."""
+    """Rows of :class:`srn_kernels.tools.report.LayerReport`: iterate them, print them as a table,
+    or take :meth:`srn_kernels.Report.to_dict`.
+
+    Example:
+        >>> shown = srn.report(srn.apply_stable_rank_norm(nn.Sequential(nn.Linear(8, 4))))
+        >>> len(shown), shown[0].name, sorted(shown.to_dict())
+        (1, '0.weight', ['layers', 'skipped'])
+    """
 
     def __init__(self, rows: list[LayerReport], left_out: list[tuple[str, str]]) -> None:
         self.rows = rows
@@ -43,6 +50,7 @@ class Report:
         return self.rows[index]
 
     def to_dict(self) -> dict[str, Any]:
+        """{"layers": rows as dicts, "skipped": [{"name", "reason"}]}, of plain Python values."""
         return {
             "layers": [asdict(row) for row in self.rows],
             "skipped": [{"name": name, "reason": reason} for name, reason in self.skipped],
