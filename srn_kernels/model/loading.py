@@ -29,8 +29,6 @@ def _before_loading(
 def _after_loading(module: nn.Module, incompatible_keys: Any) -> None:
     converging = []
     for entry in module.__dict__.get(KEY, {}).values():
-        if entry.weight.is_meta:
-            continue
         if entry.state() is State.UNSEEN:
             entry.share_state()
             entry.become(State.FRESH)

@@ -229,6 +229,26 @@ def initialised_after_sharding(rank: int, world: int) -> None:
         assert row.sigma == pytest.approx(factor * rows[row.name].sigma, rel=1e-2)
 
 
+def written_without_a_backward(rank: int, world: int) -> None:
+    """Shards of a unit that change between forwards, without a backward, make u, v converge."""
+    single = normalised(Deep().double())
+    model = copy.deepcopy(single)
+    shard(model, nested=True)
+    x = batch(world, rank, 3)[0]  # the same on every rank
+    for training in (True, False):
+        for m in (model, single):
+            m.train()(x).sum().backward()
+            m.train(training)(x)  # u and v belong to the weights since
+            with torch.no_grad():
+                for w in (m.conv.weight, m.up.weight, m.attention.in_proj_weight):
+                    w.mul_(3 * w.clone())  # other top singular vectors
+            with torch.no_grad():
+                m.eval()(x)
+        for key in ("conv.weight_u", "up.weight_v", "attention.in_proj_weight_u"):
+            found, want = model.get_buffer(key), single.get_buffer(key)
+            torch.testing.assert_close(whole(found), want, rtol=1e-9, atol=1e-11)
+
+
 def distributed_checkpoint(rank: int, world: int) -> None:
     single = normalised(Deep().double())
     model = copy.deepcopy(single)
@@ -353,6 +373,7 @@ CHECKS: dict[str, Callable[[int, int], None]] = {
     },
     "torch's own fails in bfloat16": torchs_own_fails_with_mixed_precision,
     "initialised after sharding": initialised_after_sharding,
+    "written without a backward": written_without_a_backward,
     "distributed checkpoint": distributed_checkpoint,
     "look and take off": look_and_take_off,
     "edge cases": edge_cases,

@@ -37,6 +37,17 @@ def test_the_missing_v_of_an_ill_conditioned_weight_keeps_sigma(
     assert sigma_of(w, u, missing_v(w, u, None)) != pytest.approx(sigma, rel=1e-2)
 
 
+def test_an_old_legacy_checkpoint_keeps_sigma_where_only_w_over_sigma_tells_it() -> None:
+    layer = srn.spectral_norm(nn.Linear(9, 6, bias=False).double())
+    w = spectrum(torch.logspace(0, -9, 6), 6, 9)
+    v = unit(9)
+    u = nn.functional.normalize(w @ v, dim=0).float().double()
+    sigma = sigma_of(w, u, v)
+    layer.load_state_dict({"weight_orig": w, "weight_u": u, "weight": w / sigma})
+    assert sigma_of(layer.weight, layer.weight_u, layer.weight_v) == pytest.approx(sigma, rel=1e-9)
+    torch.testing.assert_close(srn.normalized_weight(layer), w / sigma)
+
+
 @pytest.mark.parametrize("share", [0.9, 1.0, 1.1])
 def test_the_missing_v_of_a_rank_one_weight_is_the_only_one(share: float) -> None:
     u, v = unit(4), unit(5)

@@ -35,6 +35,11 @@ BAD_CALLS = {
         ValueError,
         "stable_rank.*0.5",
     ),
+    "stable_rank inf": (
+        lambda m: srn.stable_rank_norm(m.conv, stable_rank=math.inf),
+        ValueError,
+        "stable_rank.*inf",
+    ),
     "iterations": (
         lambda m: srn.stable_rank_norm(m.conv, n_power_iterations=0),
         ValueError,
@@ -233,6 +238,14 @@ def test_every_layer_type_against_the_svd(
     torch.testing.assert_close(got.movedim(dim, 0).flatten(1), expected, rtol=1e-9, atol=1e-9)
     x = x.double() if x.is_floating_point() else x
     torch.testing.assert_close(layer(x), srn.export(layer)(x), rtol=1e-12, atol=1e-12)
+
+
+def test_the_bias_of_a_transposed_convolution_is_a_row() -> None:
+    layer = srn.spectral_norm(nn.ConvTranspose2d(4, 6, 3), "bias")
+    assert srn.normalized_weight(layer, "bias").norm().item() == pytest.approx(1, abs=1e-6)
+    assert srn.report(layer)[0].shape == (1, 6)
+    written = srn.to_torch_state_dict(layer, "parametrization")
+    assert written["parametrizations.bias.original"].shape == (6,)
 
 
 def test_one_dimensional_parameter_becomes_unit() -> None:
