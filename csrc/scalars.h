@@ -37,9 +37,9 @@ struct LayerStats {
   double a;             // W_hat = a W + b u v^T
   double b;
   double branch;
-  double kept;      // of other rules
-  double factor;    // what is returned is factor W_hat
-  double by_gain;   // the factor's derivatives
+  double kept;     // of other rules
+  double factor;   // what is returned is factor W_hat
+  double by_gain;  // the factor's derivatives
   double by_sigma;
 };
 constexpr int kStatsColumns = 11;

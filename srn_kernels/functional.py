@@ -17,7 +17,9 @@ from srn_kernels.core.plan import make_plan
 from srn_kernels.maths.matrix import matrix_shape, state_dtype
 
 
-def _calls(weights: Sequence[Tensor], backend: str) -> list[tuple[list[int], str]]:
+def _calls(
+    weights: Sequence[Tensor], dims: Sequence[int], backend: str
+) -> list[tuple[list[int], str]]:
     """The layers that one op call can take, of one device and one state dtype, and the backend that
     serves it. Empty ones are left out; a tensor subclass is a call of its own, before all others,
     because it may turn out that nothing serves it."""
@@ -29,7 +31,16 @@ def _calls(weights: Sequence[Tensor], backend: str) -> list[tuple[list[int], str
             groups.setdefault((alone, weight.device, state_dtype(weight.dtype)), []).append(i)
     chosen = sorted(groups.values(), key=lambda group: plain or are_plain([weights[group[0]]]))
     return [
-        (g, serving(backend, [weights[i] for i in g], [f"weights[{i}]" for i in g])) for g in chosen
+        (
+            g,
+            serving(
+                backend,
+                [weights[i] for i in g],
+                [f"weights[{i}]" for i in g],
+                [dims[i] for i in g],
+            ),
+        )
+        for g in chosen
     ]
 
 
@@ -98,7 +109,7 @@ def stable_rank_normalize(
     )
     refuse_batched(weights)
     outs = [w.to(request.out_dtypes[i]) if w.numel() == 0 else None for i, w in enumerate(weights)]
-    calls = _calls(weights, backend)
+    calls = _calls(weights, request.dims, backend)
     for group, name in calls:
         chosen = [w if is_dense(w) else w.contiguous() for w in (weights[i] for i in group)]
         plan = make_plan(
@@ -149,7 +160,7 @@ def stable_rank_project_(
     for i, weight in enumerate(weights):
         if overlaps(weight):
             raise ValueError(f"weights[{i}] overlaps itself in memory and cannot be overwritten")
-    calls = _calls(weights, backend)
+    calls = _calls(weights, request.dims, backend)
     with torch.no_grad():
         for group, name in calls:
             dense = [w if is_dense(w) else w.contiguous() for w in (weights[i] for i in group)]

@@ -498,10 +498,10 @@ def assumptions(card: Card) -> str:
         f"associative, obeying the hints, empty at first; {card.write_bytes // KB} KB of an SM's "
         f"stores on their way before more wait; {instructions} instructions for four elements "
         f"(slab, rescale, sums, gradient; 16-bit types {c.narrow:g} times, single elements "
-        f"{c.scalar:g} times each), one a scheduler and cycle; a warp alone {staging.WARP_STRETCH} times its "
-        f"share; {staging.BARRIERS} cycles for a pair of barriers, {c.piece:g} for a piece, "
-        f"{c.slab_end:g} at a slab's end, {c.finish:g} for a layer. Not modelled: the launch, the "
-        "memory's turnaround, TLB, bank conflicts, other kernels."
+        f"{c.scalar:g} times each), one a scheduler and cycle; a warp alone {staging.WARP_STRETCH} "
+        f"times its share; {staging.BARRIERS} cycles for a pair of barriers, {c.piece:g} for a "
+        f"piece, {c.slab_end:g} at a slab's end, {c.finish:g} for a layer. Not modelled: the "
+        "launch, the memory's turnaround, TLB, bank conflicts, other kernels."
     )
 
 

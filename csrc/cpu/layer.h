@@ -14,7 +14,8 @@
 
 namespace srn {
 
-// Forward: out = factor W_hat. All pointers belong to the caller; `out` may be `weight` (projection).
+// Forward: out = factor W_hat. All pointers belong to the caller; `out` may be `weight`
+// (projection).
 struct NormalizeLayer {
   Layout layout;
   DType weight_type, out_type;

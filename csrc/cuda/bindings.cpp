@@ -24,7 +24,7 @@ constexpr auto type_of = srn::type_of<Type, kFloat32, kBFloat16, kFloat16, kFloa
 // Tensors of a call lie with its first weight.
 auto checks_beside(const at::Tensor& first) {
   return Checks{[device = first.device(), served = serves(first.is_cuda())](const at::Tensor& t,
-                                                                           const char* name) {
+                                                                            const char* name) {
     TORCH_CHECK_VALUE(served, "srn_kernels: the cuda backend serves weights on a GPU, got one on ",
                       device);
     TORCH_CHECK_VALUE(t.device() == device, "srn_kernels: the cuda backend got ", name, " on ",

@@ -419,7 +419,8 @@ class Forward {
     return made.factor;
   }
 
-  // factor W_hat = factor (a W + b u v^T), from the slab's pieces or, for other layouts, from memory.
+  // factor W_hat = factor (a W + b u v^T), from the slab's pieces or, for other layouts, from
+  // memory.
   SRN_DEVICE void rescale(const Entry& e, const Record& r, const ForwardPointers& p) {
     const double factor = this->factor(e, r, p);
     const A a = A(factor * load_shared_by_ctas(&c.stats[r.stats_row].a));

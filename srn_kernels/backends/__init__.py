@@ -4,7 +4,7 @@ Every backend is a module with the same verbs over tensors it is given (their me
 :mod:`srn_kernels.core.ops`): ``normalize``, ``normalize_backward`` and ``unavailable_reason``; it
 serves the device types in ``DEVICES`` (None: any) and the dtypes of u and v in ``STATE_DTYPES``.
 Their rule is :data:`srn_kernels.maths.top_one.TOP_ONE`; any other runs in reference.py. "auto" is
-the only name that chooses; a backend asked for by name serves or raises.
+the only name that chooses, :func:`choose` says how; a backend asked for by name serves or raises.
 """
 
 from __future__ import annotations
@@ -12,14 +12,18 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import math
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import ModuleType
+from typing import Any
 
 import torch
+from torch import Tensor
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
+FEW_COLUMNS = 2048  # that the CUDA kernels' threads hold, whatever a row's alignment
 _local = threading.local()
 
 
@@ -112,5 +116,48 @@ def resolve(name: str, device_type: str, state_dtype: torch.dtype) -> str:
     return name
 
 
+def choose(
+    name: str,
+    device_type: str,
+    state_dtype: torch.dtype,
+    weights: Sequence[Tensor],
+    dims: Sequence[int],
+) -> str:
+    """:func:`resolve` for these weights, whose output dimensions are ``dims``.
+
+    Under "auto", Triton serves a call in place of the CUDA kernels where they would read more than
+    half of its elements from memory directly, one at a time: layouts whose rows are not contiguous,
+    and rows beyond what their threads hold.
+    """
+    chosen = resolve(name, device_type, state_dtype)
+    if chosen != "cuda":
+        return chosen
+    # The usual weights are seen at a glance: this is part of every round.
+    others = tuple(
+        [
+            (tuple(w.shape), w.stride(), d, w.element_size())
+            for w, d in zip(weights, dims, strict=True)
+            if w.dim() > 1
+            and (d != 0 or w.numel() > FEW_COLUMNS * w.shape[0] or not w.is_contiguous())
+        ]
+    )
+    if not others:
+        return chosen
+    return _by_layout(name, state_dtype, others, sum([w.numel() for w in weights]))
+
+
+def _by_layout(
+    name: str, state_dtype: torch.dtype, weights: tuple[tuple[Any, ...], ...], elements: int
+) -> str:
+    """The rule of :func:`choose` where the CUDA kernels serve; ``elements``: of the whole call."""
+    triton, is_direct = load("triton"), load("cuda").planning.is_direct
+    if asked(name) != "auto" or state_dtype not in triton.STATE_DTYPES:
+        return "cuda"
+    if triton.unavailable_reason() is not None:
+        return "cuda"
+    direct = sum(math.prod(w[0]) for w in weights if is_direct(*w))
+    return "triton" if 2 * direct > elements else "cuda"
+
+
 # torch.compiler.assume_constant_result does just this, but imports all of the compiler.
-resolve._dynamo_marked_constant = True
+resolve._dynamo_marked_constant = _by_layout._dynamo_marked_constant = True

@@ -86,15 +86,18 @@ class naming:
             ) from error
 
 
-def serving(backend: str, weights: Sequence[Tensor], labels: Sequence[str]) -> str:
+def serving(
+    backend: str, weights: Sequence[Tensor], labels: Sequence[str], dims: Sequence[int]
+) -> str:
     """The backend that serves weights of one device and one state dtype in one call.
 
     ``backend``: "auto", or the one asked for by name. Errors as
-    :func:`srn_kernels.backends.resolve`; TypeError, naming the weight, where a tensor subclass is
+    :func:`srn_kernels.backends.choose`; TypeError, naming the weight, where a tensor subclass is
     given to kernels by name.
     """
     first = weights[0]
-    name = backends.resolve(backend, first.device.type, state_dtype(first.dtype))
+    kind = (first.device.type, state_dtype(first.dtype))
+    name = backends.choose(backend, *kind, weights, dims)
     if torch.compiler.is_compiling() or are_plain(weights) or is_traced() or name == "reference":
         return name
     place = next(i for i, w in enumerate(weights) if not _is_memory(type(w)))

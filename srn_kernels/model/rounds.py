@@ -214,9 +214,11 @@ def _plan_of(kind: Kind, seen: Seen, iterations: Sequence[int], out_dtypes: Any 
     if kind.split:
         backend = "reference"  # what runs is core.split
     elif kind.alone:
-        backend = serving(kind.backend, seen.weights, [kind.alone])
+        dims = [x.dim for x in seen.layers]
+        backend = serving(kind.backend, seen.weights, [kind.alone], dims)
     else:
-        backend = backends.resolve(kind.backend, kind.device.type, kind.state_dtype)
+        what, dims = (kind.device.type, kind.state_dtype), [x.dim for x in seen.layers]
+        backend = backends.choose(kind.backend, *what, seen.weights, dims)
     return (_plan if torch.compiler.is_compiling() else _cached_plan)(
         tuple(seen.layers),
         tuple(iterations),
@@ -345,6 +347,8 @@ def repeat(entries: Sequence[NormalizedWeight], records: Sequence[Round]) -> lis
         dtypes = record.plan.out_dtypes  # none where shards were measured
         wanted = tuple([dtypes[p] for p in places]) if dtypes else None
         plan = _plan_of(kind, seen, (-1,) * len(part), wanted)
+        if dtypes:  # the same bits: a part of a round may be another backend's by itself
+            plan = plan._replace(backend=record.plan.backend)
         round_state, stats = record.round_state, record.stats
         if len(part) < len(record.plan.dims):
             bounds = [*record.plan.offsets, record.plan.state_size]

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import srn_kernels as srn
+from benchmarks.gpu import events
 from srn_kernels.functional import stable_rank_normalize
 
 
@@ -123,3 +124,46 @@ def test_without_extension_triton_and_numpy_the_reference_serves_and_says_so():
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout == "served\n"
+
+
+DENSE = torch.randn(64, 3, 3, 32).permute(0, 3, 1, 2)  # channels_last
+
+
+@pytest.mark.parametrize(
+    ("weights", "dims", "expected"),
+    [
+        ([torch.empty(64, 288)], [0], "cuda"),
+        ([DENSE], [0], "cuda"),
+        ([torch.empty(64, 13824)], [0], "cuda"),  # in parts
+        ([torch.empty(64, 20000)], [0], "triton"),  # more than threads hold
+        ([torch.empty(64, 17277)], [0], "triton"),  # odd, as wide as vectors would hold
+        ([torch.empty(64, 32, 4, 4)], [1], "triton"),  # a transposed convolution
+        ([torch.empty(64, 2, 4, 4), torch.empty(64, 40)], [1, 0], "cuda"),  # less than half
+        ([torch.empty(64, 3, 4, 4), torch.empty(64, 40)], [1, 0], "triton"),
+        ([torch.empty(30000)], [0], "cuda"),
+        ([torch.empty(64, 96)[:, ::2], torch.empty(8, 8)], [0, 0], "cuda"),  # copied first
+    ],
+)
+def test_auto_leaves_layouts_that_the_cuda_kernels_read_directly_to_triton(
+    monkeypatch, weights, dims, expected
+):
+    cuda, triton = (srn.backends.load(name) for name in ("cuda", "triton"))
+    monkeypatch.setattr(cuda.planning, "kernels", events.KERNELS)
+    monkeypatch.setattr(cuda, "unavailable_reason", lambda: None)
+    monkeypatch.setattr(triton, "unavailable_reason", lambda: None)
+    monkeypatch.setattr(triton, "DEVICES", frozenset({"cuda"}))
+    monkeypatch.setattr(cuda, "DEVICES", frozenset({"cuda"}))
+    for cache in (srn.backends._automatic, cuda.planning.is_direct):
+        cache.cache_clear()
+    try:
+        call = ("cuda", torch.float32, weights, dims)
+        assert srn.backends.choose("auto", *call) == expected
+        assert srn.backends.choose("cuda", *call) == "cuda"  # by name: served as it is
+        with srn.use_backend("cuda"):
+            assert srn.backends.choose("auto", *call) == "cuda"
+        assert srn.backends.choose("auto", "cuda", torch.float64, weights, dims) == "cuda"
+        monkeypatch.setattr(triton, "unavailable_reason", lambda: "gone")
+        assert srn.backends.choose("auto", *call) == "cuda"
+    finally:
+        for cache in (srn.backends._automatic, cuda.planning.is_direct):
+            cache.cache_clear()

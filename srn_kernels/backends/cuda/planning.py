@@ -19,10 +19,12 @@ from srn_kernels.backends.tiling.config import LaunchConfig
 from srn_kernels.backends.tiling.layout import Layout, make_layout
 from srn_kernels.backends.tiling.schedule import Phase, Work, order
 from srn_kernels.backends.tiling.staging import (
+    DIRECT,
     Machine,
     Piece,
     Staging,
     cut_staged,
+    on_path,
     settle,
     stage,
 )
@@ -209,6 +211,19 @@ def plan(key: Sequence[int], machine: Machine, config_of: ConfigOf | None = None
     return _blueprint(bytes(records), tiles, columns, staging, config)
 
 
+kernels: Machine | None = None  # those that are installed
+
+
+@functools.lru_cache(maxsize=4096)
+def is_direct(shape: tuple[int, ...], strides: tuple[int, ...], dim: int, size: int) -> bool:
+    """Whether a forward reads such a weight, of elements of ``size`` bytes, past shared memory."""
+    try:
+        layout = make_layout(shape, strides, dim)
+    except ValueError:  # not dense: what is read is a contiguous copy
+        layout = make_layout(shape, torch.empty(shape, device="meta").stride(), dim)
+    return on_path(Piece(layout, size, 0, True), kernels) == DIRECT
+
+
 def _vectors(layer: Layer) -> bool:
     """Whether the pair of types is compiled in: others are read by single elements."""
     return layer.type == layer.other or (layer.type == FLOAT32 and layer.other != FLOAT64)
@@ -244,7 +259,8 @@ def install(module: ModuleType) -> None:
     """Lets the extension ask for plans."""
     sizes = module.layout()
     assert sizes["record_bytes"] == RECORD.size
-    machine = Machine(
+    global kernels
+    kernels = machine = Machine(
         consumer_warps=sizes["consumer_warps"],
         vectors=tuple(sizes["vectors"]),
         scalars=tuple(sizes["scalars"]),
@@ -254,4 +270,5 @@ def install(module: ModuleType) -> None:
         most_pieces=sizes["max_pieces"],
         control_bytes=(module.control_bytes(False), module.control_bytes(True)),
     )
+    is_direct.cache_clear()
     module.set_planner(lambda key: plan(key, machine))

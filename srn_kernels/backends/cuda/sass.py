@@ -50,9 +50,7 @@ class Loop(NamedTuple):
 
     @property
     def limit(self) -> float:
-        return LIMITS[self.phase] + (
-            MISSED[self.types] if self.phase == "slab" else 2.0 if self.phase == "gradient" else 0.0
-        )
+        return LIMITS[self.phase] + (MISSED[self.types] if self.phase == "slab" else 0.0)
 
     @property
     def faults(self) -> list[str]:

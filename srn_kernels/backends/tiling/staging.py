@@ -111,7 +111,7 @@ def _cycles(way: Sharing, rows: int, piece_rows: int, machine: Machine) -> float
     return max(rows * way.group_warps * row, turns * row * WARP_STRETCH + waits) + sums
 
 
-def _path(piece: Piece, machine: Machine) -> int:
+def on_path(piece: Piece, machine: Machine) -> int:
     """Whether, and how wide, a layer can be read from shared memory."""
     columns = piece.layout.columns
     if piece.layout.outer > 1 or columns == 0 or piece.layout.rows == 0:
@@ -199,7 +199,7 @@ def _slot_bytes(pieces: Sequence[Piece], paths: Sequence[int], room: int, machin
 
 def stage(pieces: Sequence[Piece], machine: Machine, room: int) -> Staging:
     """How the layers of one launch use ``room`` bytes of shared memory."""
-    paths = [_path(p, machine) for p in pieces]
+    paths = [on_path(p, machine) for p in pieces]
     if all(path == DIRECT for path in paths):
         return Staging([_direct(p.layout) for p in pieces], 128, 1, 0)
     size = _slot_bytes(pieces, paths, room, machine)
