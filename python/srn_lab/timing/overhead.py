@@ -155,7 +155,8 @@ def measure_overhead(config: OverheadConfig) -> Overhead:
     twin.load_state_dict(peer.state_dict())
     converted = srn.convert_spectral_norm(twin)
 
-    difference = compare(peer, converted, inputs := Inputs((image,), {}))
+    inputs = Inputs((image,), {})
+    difference = compare(peer, converted, inputs)
 
     models = {"plain": plain, "torch": peer, "converted": converted}
     steps = paired_ms(

@@ -73,13 +73,16 @@ def stored_layers(state: Mapping[str, Any]) -> tuple[list[_Stored], list[tuple[s
                     continue  # another parametrization; it is left out below
             found[key] = _Stored(prefix, name, form, key)
             # what the form keeps beside the weight is no layer of its own
-            ours = re.compile(re.escape(prefix + name) + r"(_orig|_bar|_u|_v|_sigma|_gain)?")
+            ours = re.compile(
+                re.escape(prefix) + rf"({re.escape(name)}(_orig|_bar|_u|_v|_sigma|_gain)?"
+                + (r"|(u|sv)\d+)" if "u0" in beside else ")")
+            )  # fmt: skip
             taken |= {key, *others, *(k for k in state if ours.fullmatch(k))}
     for key in matrices:
         if key in taken:
             continue
         if match := _WEIGHT.fullmatch(key):
-            found[key] = _Stored(match[1], match[2], "plain", key)
+            found[key] = _Stored(match[1], match[2], _PLAIN, key)
         elif re.search(r"(^|[.:])parametrizations\.", key):
             left_out.append((key, "parametrized, but not by spectral norm alone"))
         else:
