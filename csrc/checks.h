@@ -137,6 +137,8 @@ const at::Tensor* gain_of(const Checks<Place>& checks, const Tensors& gains, con
                     gains.size());
   const at::Tensor& gain = gains[size_t(gained[i])];
   checks.place(gain, "a gain");
+  TORCH_CHECK_TYPE(at::isFloatingType(gain.scalar_type()),
+                   "srn_kernels: a gain has the unsupported dtype ", gain.scalar_type());
   TORCH_CHECK_VALUE(gain.numel() == 1, "srn_kernels: a gain must have one element");
   return &gain;
 }

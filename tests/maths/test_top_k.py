@@ -16,7 +16,7 @@ from srn_kernels import linalg
 from srn_kernels.core import ops
 from srn_kernels.maths import top_k
 from srn_kernels.maths.matrix import from_matrix
-from srn_kernels.maths.scalars import SPECTRAL, STABLE_RANK, Stats
+from srn_kernels.maths.scalars import SPECTRAL, STABLE_RANK, STATS, Stats
 from srn_kernels.maths.top_k import TopK
 from srn_kernels.maths.top_one import TOP_ONE
 
@@ -359,15 +359,15 @@ def test_wrong_values_are_refused_and_change_nothing() -> None:
 def test_a_repeated_round_uses_its_own_u_and_v() -> None:
     w, u, v = torch.randn(6, 9), torch.randn(6, 2), torch.randn(9, 2)
     offsets, size = ops.state_layout([(12, 18)])
-    round_state, stats = torch.zeros(size), torch.zeros(1, 8, dtype=torch.float64)
+    round_state, stats = torch.zeros(size), torch.zeros(1, len(STATS), dtype=torch.float64)
     out, again = torch.empty(6, 9), torch.empty(6, 9)
     constants = (round_state, stats, offsets, [2.2])
-    rule = ("stable_rank:2", "reference")
-    ops.normalize([w], [u], [v], [out], *constants, [3], [0], [1e-12], *rule)
+    unscaled, rule = ([],) * 4, ("stable_rank:2", "reference")
+    ops.normalize([w], [u], [v], [out], *constants, [3], [0], [1e-12], *unscaled, *rule)
     u.normal_()
     v.normal_()
     kept = u.clone()
-    ops.normalize([w], [u], [v], [again], *constants, [-1], [0], [1e-12], *rule)
+    ops.normalize([w], [u], [v], [again], *constants, [-1], [0], [1e-12], *unscaled, *rule)
     assert torch.equal(out, again)
     assert torch.equal(u, kept)
 
@@ -375,11 +375,11 @@ def test_a_repeated_round_uses_its_own_u_and_v() -> None:
 def test_the_ops_pass_opcheck() -> None:
     w, u, v = torch.randn(4, 6), torch.randn(4, 2), torch.randn(6, 2)
     offsets, size = ops.state_layout([(8, 12)])
-    round_state, stats = torch.zeros(size), torch.zeros(1, 8, dtype=torch.float64)
+    round_state, stats = torch.zeros(size), torch.zeros(1, len(STATS), dtype=torch.float64)
     arguments = ([w], [u], [v], [torch.empty_like(w)], round_state, stats)
-    arguments += (offsets, [1.5], [5], [0], [1e-12], "stable_rank:2", "reference")
+    arguments += (offsets, [1.5], [5], [0], [1e-12], [], [], [], [], "stable_rank:2", "reference")
     ops.normalize(*arguments)
     torch.library.opcheck(torch.ops.srn_kernels.normalize.default, arguments)
     backward = ([torch.randn(4, 6)], [w], round_state, stats, [torch.zeros(4, 6)], [0], offsets)
-    backward += ([0], [1.5], "exact", "stable_rank:2", "reference")
+    backward += ([0], [], [], [], [1.5], [1e-12], "exact", "stable_rank:2", "reference")
     torch.library.opcheck(torch.ops.srn_kernels.normalize_backward.default, backward)

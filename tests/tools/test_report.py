@@ -14,7 +14,8 @@ from xml.etree import ElementTree
 import pytest
 import torch
 from models import Discriminator, images, same_state, state
-from peers import MODELS, add_stable_rank_hook, trained
+from peer_hooks import add_stable_rank_hook
+from peers import MODELS, trained
 from torch import nn
 from torch.nn.utils import parametrizations
 from torch.nn.utils import spectral_norm as legacy_spectral_norm
