@@ -7,10 +7,13 @@
 #                 virtual environment, PYTHON must have torch, triton and pytest; exit status 3:
 #                 stages are left, go on with GPU_CHECK_ARGS=--resume; --rehearse without a GPU
 # make test-machines  the numerical tests under other instruction sets and numbers of threads
+# make test-matrix  the suite's core on every Python found, with torch 2.11 and the newest, and the
+#                 CPU kernels compiled for arm64; status 3: something could not be had
 # make check-install  tries every way to install, from empty environments; TORCH is what with
 # make build-cuda     the CUDA backend against a CUDA build of torch (3 to 4 GB, CUDA_TORCH) in an
 #                     environment of its own, .venv-cuda; needs no GPU
-# make dist   source distribution and wheel, checked, into dist/
+# make dist   source distribution and wheel, checked, into dist/; on Linux with the manylinux tag that
+#             the compiler allows; torch's libraries stay torch's
 # make bench  the CPU benchmark suite, 10 minutes; BENCH_ARGS=--quick for a minute, --save to keep rows
 # make docs   the documentation site, into OUT/docs; a warning is an error. DOCS_ARGS="-b linkcheck"
 #             asks for every external link
@@ -26,6 +29,7 @@ PAPER_ARGS ?=
 BENCH_ARGS ?=
 TEST_ARGS ?=
 GPU_CHECK_ARGS ?=
+MATRIX_ARGS ?=
 
 # Tests of the Triton kernels in Triton's interpreter; their own file skips without it or a GPU.
 INTERPRETED := tests/backends/test_triton_kernels.py tests/benchmarks/test_traffic.py tests/core/test_functional.py \
@@ -43,7 +47,7 @@ NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/* csrc/cuda/*)
 FORMATTED := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cpu/*.inc csrc/cuda/*.cu \
 	csrc/cuda/*.cpp csrc/cuda/*.h csrc/cuda/shim/*.cpp csrc/cuda/shim/*.h)
 
-.PHONY: setup demo paper test test-machines check-install build-cuda dist tsan lint format kernels \
+.PHONY: setup demo paper test test-machines test-matrix check-install build-cuda dist tsan lint format kernels \
 	gpu-check bench clean
 
 $(VENV)/created: pyproject.toml python/pyproject.toml
@@ -55,7 +59,7 @@ $(VENV)/created: pyproject.toml python/pyproject.toml
 
 $(VENV)/built: $(VENV)/created setup.py $(NATIVE)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
-		--no-build-isolation --editable ".[triton,bench,test,dev]" --editable ./python
+		--no-build-isolation --editable ".[triton,bench,test,dev,plots,integrations]" --editable ./python
 	touch $@
 
 setup: $(VENV)/built
@@ -94,6 +98,9 @@ endif
 test-machines: setup
 	$(BIN)/python tests/support/machines.py
 
+test-matrix: setup
+	$(BIN)/python tests/support/matrix.py $(MATRIX_ARGS)
+
 check-install:
 	$(PYTHON) tests/support/check_install.py --torch "$(TORCH)"
 
@@ -107,9 +114,14 @@ build-cuda:
 dist: setup
 	rm -rf dist
 	$(BIN)/python -m build --no-isolation --outdir dist .
+ifeq ($(shell uname -s),Linux)
+	$(BIN)/python -m auditwheel repair --strip --exclude "libtorch*" --exclude libc10.so \
+		--exclude libgomp.so.1 --wheel-dir dist dist/*-linux_*.whl
+	rm dist/*-linux_*.whl
+endif
 	$(BIN)/python -m twine check --strict dist/*
 	ls -l dist
-	$(PYTHON) tests/support/check_install.py --torch "$(TORCH)" --only "a wheel"
+	$(PYTHON) tests/support/check_install.py --torch "$(TORCH)" --wheel dist/*.whl
 
 # The CUDA kernels on the CPU under ThreadSanitizer; Linux on x86-64, with g++.
 tsan: setup

@@ -175,6 +175,7 @@ def cpu_extension(torch) -> Extension:
         extra_link_args=["-fopenmp"],
         extra_compile_args=[
             "-O3",
+            "-g0",  # Python's own flags may have -g, which makes it 16 MB in place of one
             "-fopenmp",
             "-ffp-contract=fast",
             "-fvisibility=hidden",

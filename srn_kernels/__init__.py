@@ -29,6 +29,7 @@ from srn_kernels.tools.checkpoint import to_torch_state_dict
 from srn_kernels.tools.convert import convert_spectral_norm
 from srn_kernels.tools.operator_norm import operator_norm
 from srn_kernels.tools.parametrization import StableRankNorm
+from srn_kernels.tools.plots import plot_spectrum
 from srn_kernels.tools.projection import Projection, project_after_step
 from srn_kernels.tools.report import History, Report, report
 
@@ -55,6 +56,7 @@ __all__ = [
     "linalg",
     "normalized_weight",
     "operator_norm",
+    "plot_spectrum",
     "project_after_step",
     "reference",
     "refresh",

@@ -287,7 +287,7 @@ class _TopPart(torch.autograd.Function):
 
 def nearest_with_stable_rank(
     W: Tensor, r: float, k: int = 1, *, method: str = "power"
-) -> tuple[Tensor, int, float]:
+) -> tuple[Tensor, int | Tensor, float | Tensor]:
     """The nearest matrix with stable rank r that keeps the top k singular values.
 
     Theorem 1 and Algorithm 1 of arXiv 1906.04659. With S1 the top max(1, k) singular terms of W,
@@ -366,7 +366,9 @@ def nearest_with_stable_rank(
     return _as_returned(result.to(W.dtype), kept, gamma.detach())
 
 
-def _as_returned(result: Tensor, kept: Tensor, gamma: Tensor) -> tuple[Tensor, Any, Any]:
+def _as_returned(
+    result: Tensor, kept: Tensor, gamma: Tensor
+) -> tuple[Tensor, int | Tensor, float | Tensor]:
     if result.dim() == 2:
         return result, int(kept), float(gamma)
     return result, kept.long(), gamma.double()

@@ -19,7 +19,7 @@ FLOORS = (
     {"tools"},
     {"moved"},
     {"srn_kernels"},
-    {"info"},
+    {"info", "doctor", "integrations"},
 )
 FILES = {
     ".".join(path.relative_to(ROOT.parent).with_suffix("").parts).removesuffix(".__init__"): path

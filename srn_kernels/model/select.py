@@ -111,7 +111,7 @@ def _weight_names(module: nn.Module) -> list[str]:
     return ["weight"]
 
 
-def _matcher(pattern: Pattern, argument: str) -> tuple[Callable[[str, nn.Module], bool], set[str]]:
+def matcher(pattern: Pattern, argument: str) -> tuple[Callable[[str, nn.Module], bool], set[str]]:
     """A predicate over (name, module) and the patterns in it that have matched nothing yet."""
     if callable(pattern):
         return pattern, set()
@@ -166,7 +166,7 @@ def _overrides(
                 )
         with _naming(f"overrides[{pattern!r}]"):
             Settings(**split_dim({**options, **values})[0])
-        special.append((*_matcher(pattern, "overrides"), pattern, values))
+        special.append((*matcher(pattern, "overrides"), pattern, values))
     return special
 
 
@@ -196,8 +196,8 @@ def select(
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     Settings(**split_dim(options)[0])
     types = _types(layer_types)
-    included, include_left = _matcher("*" if include is None else include, "include")
-    excluded, exclude_left = _matcher(() if exclude is None else exclude, "exclude")
+    included, include_left = matcher("*" if include is None else include, "include")
+    excluded, exclude_left = matcher(() if exclude is None else exclude, "exclude")
     special = _overrides(overrides, options)
 
     entries: dict[int, NormalizedWeight] = {}

@@ -10,7 +10,7 @@ import copy
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor, nn
 
@@ -37,19 +37,21 @@ from srn_kernels.model.weight import KEY, NormalizedWeight
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+M = TypeVar("M", bound=nn.Module)  # what goes in comes back, of the same class
+
 _CONTAINERS = (nn.ParameterList, nn.ParameterDict)
 
 
 @takes_options()
 def stable_rank_norm(
-    module: nn.Module,
+    module: M,
     name: str = "weight",
     rank_ratio: float = 0.7,
     n_power_iterations: int = 1,
     eps: float = 1e-12,
     dim: int | None = None,
     **options: Unpack[Options],
-) -> nn.Module:
+) -> M:
     """Normalises one parameter of one layer (arXiv 1906.04659, Algorithm 2).
 
     The parameter stays what and where it is; during the layer's forward W_hat, with spectral norm
@@ -103,13 +105,13 @@ def stable_rank_norm(
 
 @takes_options()
 def spectral_norm(
-    module: nn.Module,
+    module: M,
     name: str = "weight",
     n_power_iterations: int = 1,
     eps: float = 1e-12,
     dim: int | None = None,
     **options: Unpack[Options],
-) -> nn.Module:
+) -> M:
     """:func:`stable_rank_norm` with rank_ratio 1, and torch's own order of arguments.
 
     Example:
@@ -122,7 +124,7 @@ def spectral_norm(
 
 @takes_options()
 def apply_stable_rank_norm(
-    model: nn.Module,
+    model: M,
     rank_ratio: float = 0.7,
     *,
     include: Pattern = None,
@@ -131,7 +133,7 @@ def apply_stable_rank_norm(
     overrides: Mapping[str, Mapping[str, Any]] | None = None,
     groups: int = 1,
     **options: Unpack[Options],
-) -> nn.Module:
+) -> M:
     """Normalises every layer of a model, one fused round per forward of ``model`` (arXiv
     1906.04659, Algorithm 2).
 
@@ -245,7 +247,7 @@ def skipped(model: nn.Module) -> list[tuple[str, str]]:
     return [] if this is None else list(this.skipped)
 
 
-def fuse(model: nn.Module, *, groups: int = 1) -> nn.Module:
+def fuse(model: M, *, groups: int = 1) -> M:
     """Takes every normalised layer of ``model``, whatever round it was in, into one of ``model``.
 
     Layers that share a Parameter then share u, v and W_hat. groups: see
@@ -353,7 +355,7 @@ def set_rank_ratio(model_or_layer: nn.Module, value: float) -> None:
         entry.settings = replace(entry.settings, rank_ratio=value, stable_rank=None)
 
 
-def refresh(model: nn.Module, iterations: int = 15) -> nn.Module:
+def refresh(model: nn.Module, iterations: int = 15) -> M:
     """Converges u and v of every normalised layer anew, by ``iterations`` power iterations (>= 1).
 
     Needed only after writes through ``.data``, or writes that a compiled forward saw first. Returns
@@ -381,7 +383,7 @@ def _all_entries(model: nn.Module) -> list[NormalizedWeight]:
     return entries
 
 
-def remove_stable_rank_norm(model_or_layer: nn.Module) -> nn.Module:
+def remove_stable_rank_norm(model_or_layer: M) -> M:
     """Writes the present W_hat into the parameters and takes everything else off again.
 
     Evaluation output is unchanged; there is no power iteration; Parameters keep their identity.
@@ -421,7 +423,7 @@ def _other_owners(
     return found
 
 
-def _without_rounds(model: nn.Module) -> nn.Module:
+def _without_rounds(model: M) -> M:
     for module in model.modules():
         this = module.__dict__.get(root.GROUP)
         if this is not None and not this.current():
@@ -431,7 +433,7 @@ def _without_rounds(model: nn.Module) -> nn.Module:
     return model
 
 
-def export(model: nn.Module) -> nn.Module:
+def export(model: M) -> M:
     """A plain copy of ``model`` with W_hat as its parameters; the original is left alone.
 
     Parameters that a module which is not normalised shares are untied in the copy: it keeps the

@@ -35,12 +35,12 @@ class _Taken(NamedTuple):
 
 @takes_options(without=("preserve", "dim", "rule"), n_power_iterations=None, eps=None)
 def convert_spectral_norm(
-    model: nn.Module,
+    model: wrap.M,
     rank_ratio: float = 1.0,
     *,
     groups: int = 1,
     **options: Unpack[Options],
-) -> nn.Module:
+) -> wrap.M:
     """Takes over every spectral norm in a model that is known and fuses them into one round.
 
     It takes torch.nn.utils.spectral_norm, torch.nn.utils.parametrizations.spectral_norm, copies of
@@ -83,7 +83,7 @@ def convert_spectral_norm(
     asked = dict(options)
     if checked.rank_ratio != 1:
         asked["rank_ratio"] = checked.rank_ratio
-    taken, left_out = _look(model, asked)
+    taken, left_out = look(model, asked)
     present = root.entries_of(model)
     if not taken:
         _refuse(model, present, asked, left_out)
@@ -114,7 +114,7 @@ def convert_spectral_norm(
     return model
 
 
-def _look(model: nn.Module, asked: dict[str, Any]) -> tuple[list[_Taken], list[tuple[str, str]]]:
+def look(model: nn.Module, asked: dict[str, Any]) -> tuple[list[_Taken], list[tuple[str, str]]]:
     """What can be taken, checked, and what is left and why. The model is not touched."""
     taken: dict[int, _Taken] = {}
     left_out: list[tuple[str, str]] = []

@@ -30,6 +30,14 @@ class StableRankNorm(nn.Module):
         True
     """
 
+    rank_ratio: float
+    n_power_iterations: int
+    eps: float
+    dim: int
+    target_rank: float  # of a matrix; a vector has none, and no u, v
+    _u: Tensor
+    _v: Tensor
+
     def __init__(
         self,
         weight: Tensor,

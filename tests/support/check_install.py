@@ -36,7 +36,8 @@ json.dump(srn.available_backends(), sys.stdout)
 class Workshop:
     """A folder with the template environment, the environment of the case, and the sources."""
 
-    def __init__(self, folder: Path, torch: str) -> None:
+    def __init__(self, folder: Path, torch: str, wheel: Path | None = None) -> None:
+        self.wheel = wheel
         self.folder, self.env, self.source = folder, folder / "env", folder / "source"
         self.bin = folder / "bin"  # what stays of the path where compilers are taken off
         files = subprocess.run(
@@ -122,6 +123,10 @@ def cases(shop: Workshop) -> dict:
         shop.renew(torch)  # the wheel alone, without what built it
         return said + shop.pip("install", "--no-deps", built)
 
+    def given() -> str:
+        """The wheel that ``--wheel`` names, into an environment that has torch alone."""
+        return shop.pip("install", "-v", "--no-deps", shop.wheel)
+
     def open_build(*arguments: str, **variables: str) -> str:
         shop.pip("install", *TOOLS)
         return shop.pip("install", "-v", "--no-build-isolation", *arguments, **variables)
@@ -142,6 +147,8 @@ def cases(shop: Workshop) -> dict:
             )  # fmt: skip
         return said
 
+    if shop.wheel is not None:
+        return {f"the wheel {shop.wheel.name}": (torch, given, both, "built against torch")}
     return {
         "pip install .": (torch, lambda: shop.pip(*isolated), both, "built against torch"),
         "pip install . before torch": (shop.empty, then_torch, plain, "built without torch"),
@@ -181,10 +188,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--torch", default="torch", help="the requirement to try it with")
     parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument("--wheel", type=Path, help="this one alone")
     options = parser.parse_args()
+    wheel = None if options.wheel is None else options.wheel.resolve(strict=True)
     folder = Path(tempfile.mkdtemp(prefix="check-install-"))
     try:
-        shop = Workshop(folder, options.torch)
+        shop = Workshop(folder, options.torch, wheel)
         for name, (template, steps, expected, words) in cases(shop).items():
             if options.only not in name:
                 continue
@@ -203,7 +212,7 @@ def main() -> None:
             if name.endswith("--editable ."):  # it left its extension in the source
                 for extension in shop.source.glob("srn_kernels/**/*.so"):
                     extension.unlink()
-        if options.only in "SRN_CUDA=1":
+        if wheel is None and options.only in "SRN_CUDA=1":
             began = time.perf_counter()
             line = forced(shop)
             print(f"{time.perf_counter() - began:5.0f} s  SRN_CUDA=1: {line}")

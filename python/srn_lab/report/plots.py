@@ -10,10 +10,10 @@ import numpy as np
 from matplotlib.axes import Axes
 from torch import Tensor
 
+from srn_kernels.tools.paired import Spread
 from srn_lab.measures.elhist import PairKind, Slopes
 from srn_lab.report.style import COLOURS, cycle, figure
 from srn_lab.timing.overhead import Overhead
-from srn_lab.timing.paired import Spread
 from srn_lab.training.gan import History
 
 _PAIR_TITLES = {

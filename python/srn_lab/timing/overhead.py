@@ -19,9 +19,10 @@ from torch.nn.utils import parametrizations, spectral_norm
 
 import srn_kernels as srn
 from srn_kernels import functional as srn_functional
-from srn_lab.measures.spectra import evaluating
+from srn_kernels.tools.doctor.examine import compare, training_round
+from srn_kernels.tools.doctor.factory import Inputs
+from srn_kernels.tools.paired import Spread, paired_ms, ratios
 from srn_lab.methods.method import matrix_layers
-from srn_lab.timing.paired import Spread, paired_ms
 
 
 class SnStyle(str, Enum):
@@ -154,13 +155,12 @@ def measure_overhead(config: OverheadConfig) -> Overhead:
     twin.load_state_dict(peer.state_dict())
     converted = srn.convert_spectral_norm(twin)
 
-    with evaluating(peer), evaluating(converted):
-        expected = peer(image)
-        difference = (converted(image) - expected).abs().max().item()
+    difference = compare(peer, converted, inputs := Inputs((image,), {}))
 
     models = {"plain": plain, "torch": peer, "converted": converted}
     steps = paired_ms(
-        {name: _model_step(model, image) for name, model in models.items()}, repeats=config.repeats
+        {name: training_round(model, inputs) for name, model in models.items()},
+        repeats=config.repeats,
     )
     alone = paired_ms(
         {"torch": _torch_weights_step(peer), "converted": _converted_weights_step(converted)},
@@ -169,12 +169,12 @@ def measure_overhead(config: OverheadConfig) -> Overhead:
     return Overhead(
         config=config,
         normalised_layers=len(_converted_layers(converted)),
-        max_abs_output=expected.abs().max().item(),
-        max_abs_output_difference=difference,
+        max_abs_output=difference.scale,
+        max_abs_output_difference=difference.largest,
         step_ms={name: Spread.of(sample) for name, sample in steps.items()},
         normalisation_ms={name: Spread.of(sample) for name, sample in alone.items()},
-        step_ratio=Spread.of(steps["torch"] / steps["converted"]),
-        normalisation_ratio=Spread.of(alone["torch"] / alone["converted"]),
+        step_ratio=Spread.of(ratios(steps["torch"], steps["converted"])),
+        normalisation_ratio=Spread.of(ratios(alone["torch"], alone["converted"])),
     )
 
 
@@ -190,14 +190,6 @@ def _settle(model: nn.Module) -> None:
 
 def _activate(x: Tensor) -> Tensor:
     return F.leaky_relu(x, 0.2)
-
-
-def _model_step(model: nn.Module, image: Tensor) -> Callable[[], None]:
-    def step() -> None:
-        model.zero_grad()
-        model(image).mean().backward()
-
-    return step
 
 
 def _torch_weights_step(model: nn.Module) -> Callable[[], None]:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-
-import numpy as np
 
 
 @dataclass(frozen=True)
@@ -18,10 +17,12 @@ class Spread:
     p75: float
 
     @classmethod
-    def of(cls, sample: np.ndarray) -> Spread:
-        """The spread of all entries of ``sample``."""
-        p25, median, p75 = np.percentile(sample, [25, 50, 75])
-        return cls(float(median), float(p25), float(p75))
+    def of(cls, sample: Sequence[float]) -> Spread:
+        """The spread of all numbers of ``sample``, one at least."""
+        if len(sample) == 1:
+            return cls(*[float(sample[0])] * 3)
+        p25, median, p75 = statistics.quantiles(sample, n=4, method="inclusive")
+        return cls(median, p25, p75)
 
     def to_dict(self, unit: str) -> dict[str, float]:
         """``{"median_<unit>": ...}`` and the quartiles."""
@@ -30,8 +31,8 @@ class Spread:
 
 def paired_ms(
     contestants: Mapping[str, Callable[[], object]], *, repeats: int, warmups: int = 2
-) -> dict[str, np.ndarray]:
-    """Milliseconds (repeats,) of each contestant; row i of all samples was taken in one round.
+) -> dict[str, list[float]]:
+    """Milliseconds of each contestant, ``repeats`` numbers; the i-th of all are of one round.
 
     Who goes first rotates from round to round.
     """
@@ -46,4 +47,9 @@ def paired_ms(
             start = time.perf_counter()
             contestants[name]()
             times[name].append(1e3 * (time.perf_counter() - start))
-    return {name: np.array(values) for name, values in times.items()}
+    return times
+
+
+def ratios(above: Sequence[float], below: Sequence[float]) -> list[float]:
+    """Quotients of two paired samples, round by round."""
+    return [a / b for a, b in zip(above, below, strict=True)]

@@ -1,0 +1,1 @@
+"""What a model would gain from this library, and the lines to add: ``srn_kernels.doctor``."""
