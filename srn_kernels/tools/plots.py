@@ -49,6 +49,12 @@ def plot_spectrum(model: nn.Module, *, include: Pattern = None, limit: int = 24)
     Raises:
         ValueError: nothing is normalised, or nothing is included; TypeError: a wrong argument.
         ImportError: no matplotlib.
+
+    Example:
+        >>> model = srn.apply_stable_rank_norm(nn.Sequential(nn.Linear(8, 4)), rank_ratio=0.5)
+        >>> figure = srn.plot_spectrum(model)
+        >>> [axes.get_title() for axes in figure.axes]
+        ['0.weight']
     """
     check_count(limit, "limit", 1)
     entries = [entry for entry in root.entries_of(model) if not entry.weight.is_meta]

@@ -22,9 +22,9 @@ class History:
 
     ``history = History(model)``; call ``history()`` after a step. It returns {name: {"sigma",
     "stable_rank", "normalized_stable_rank", "gamma", "active"}}, relative to the u, v of that round
-    as in :func:`report`. After an eager forward nothing is computed, only the round's scalars are
-    fetched; weights that no eager round has seen (compiled models) are looked at as :func:`report`
-    does. ``rows`` keeps every result.
+    as in :func:`srn_kernels.report`. After an eager forward nothing is computed, only the round's
+    scalars are fetched; weights that no eager round has seen (compiled models) are looked at as
+    :func:`srn_kernels.report` does. ``rows`` keeps every result.
 
     Args:
         model: with normalised layers.

@@ -97,8 +97,8 @@ def report(model: nn.Module, input_shape: Sequence[int] | None = None) -> Report
 
     sigma is the estimate u^T W v that the layers use (converged first, on a copy, where the weight
     was replaced), and the stable ranks, |W|_F^2 / sigma^2 (arXiv 1906.04659, Definition 3.1), are
-    relative to it. Layers of the model's round that are no
-    longer part of the model are listed with a note.
+    relative to it. Layers of the model's round that are no longer part of the model are listed with
+    a note.
 
     With ``input_shape``, the shape of the model's input (with or without a batch dimension), a copy
     of the model is run once on zeros, and the rows of linear layers and convolutions also get the

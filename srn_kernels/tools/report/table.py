@@ -27,8 +27,8 @@ class LayerReport:
 
 
 class Report:
-    """Rows of :class:`srn_kernels.tools.report.LayerReport`: iterate them, print them as a table,
-    or take :meth:`srn_kernels.Report.to_dict`.
+    """Rows of :class:`srn_kernels.tools.report.LayerReport`: iterate them, print them as a table
+    (in a notebook with a bar a layer), or take :meth:`srn_kernels.Report.to_dict`.
 
     Example:
         >>> shown = srn.report(srn.apply_stable_rank_norm(nn.Sequential(nn.Linear(8, 4))))
