@@ -139,7 +139,7 @@ def test_wrapping_twice_raises_and_apply_leaves_wrapped_layers() -> None:
     assert_untouched(model, before)
     srn.apply_stable_rank_norm(model, 1.0)
     targets = {row.name: row.target for row in srn.report(model)}
-    assert targets["weight"] == pytest.approx(6.0)  # 0.5 * min(12, 27), as it was
+    assert targets["conv.weight"] == pytest.approx(6.0)  # 0.5 * min(12, 27), as it was
     assert targets["up.weight"] == math.inf
     assert ("conv.weight", "normalised already") in srn.skipped(model)
     srn.apply_stable_rank_norm(model, 0.2)
