@@ -49,6 +49,13 @@ double norm(const A* x, int64_t n) {
   return std::sqrt(sum);
 }
 
+// What makes a unit vector of x: its norm; a vector of zeros stays one.
+template <class A>
+double divisor(const A* x, int64_t n) {
+  const double size = norm(x, n);
+  return size == 0.0 ? 1.0 : size;
+}
+
 template <class A>
 void set_up(NormalizeLayer& l, const KernelTables& tables, bool stream, Workspace& ws,
             ForwardJob<A>* job) {
@@ -72,8 +79,8 @@ void set_up(NormalizeLayer& l, const KernelTables& tables, bool stream, Workspac
   const A* v = static_cast<const A*>(repeat ? l.round_v : l.v);
   const A* u = static_cast<const A*>(repeat ? l.round_u : l.u);
   // Evaluation uses u/|u| and v/|v|: an average of unit vectors is shorter than one.
-  const double v_norm = l.iterations == 0 ? norm(v, columns) : 1.0;
-  const double u_norm = l.iterations == 0 ? norm(u, rows) : 1.0;
+  const double v_norm = l.iterations == 0 ? divisor(v, columns) : 1.0;
+  const double u_norm = l.iterations == 0 ? divisor(u, rows) : 1.0;
   const auto& column_of = l.layout.column_of;
   for (int64_t j = 0; j < columns; ++j)
     job->v[j] = A(double(v[column_of.empty() ? j : column_of[j]]) / v_norm);

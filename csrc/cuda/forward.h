@@ -360,6 +360,8 @@ class Forward {
     if (iterate) {
       sigma = u_norm > 0 ? v_norm / u_norm * kGrowSq : u_norm;
     } else {
+      if (u_norm == 0) u_norm = 1;  // a vector of zeros stays one, and sigma is 0
+      if (v_norm == 0) v_norm = 1;
       sigma = x[0] / u_norm / v_norm;
     }
     if (!last) {

@@ -199,6 +199,20 @@ def test_evaluation_uses_unit_vectors_when_an_average_has_shrunk_them(backend, s
 
 
 @BACKENDS
+@pytest.mark.parametrize("zeros", ["u", "v", "uv"])
+@pytest.mark.parametrize("scale", [0.0, 1.0])
+def test_evaluation_with_a_vector_of_zeros_passes_through(backend, zeros, scale):
+    w = (scale * torch.randn(5, 7)).requires_grad_()
+    u, v = torch.ones(5) * ("u" not in zeros), torch.ones(7) * ("v" not in zeros)
+    options = {"training": False, "backend": backend}
+    (out,) = stable_rank_normalize([w], [u], [v], [2.0], **options)
+    assert torch.equal(out, w)
+    grad = torch.randn(5, 7)
+    out.backward(grad)
+    assert torch.equal(w.grad, grad)
+
+
+@BACKENDS
 @pytest.mark.parametrize("rank", [2.0, math.inf])
 def test_a_negative_sigma_in_evaluation_is_used_as_it_is(backend, rank):
     """W / sigma and E = u v^T, as torch: W_hat changes its sign with that of u^T v."""

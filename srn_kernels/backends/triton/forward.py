@@ -216,6 +216,8 @@ def _finish_pass(record, pointers, scratch, round_state, stats, last_pass):
     if iterate:
         sigma = tl.where(u_norm > 0, v_norm / u_norm * GROW_SQ, u_norm)
     else:
+        u_norm = tl.where(u_norm == 0, 1.0, u_norm)  # zeros stay zeros, and sigma is 0
+        v_norm = tl.where(v_norm == 0, 1.0, v_norm)
         sigma = tl.sum(dot) / u_norm / v_norm
 
     if last_pass:
