@@ -19,12 +19,12 @@ def lines() -> list[str]:
         f"{torch.get_num_threads()} threads",
         f"CUDA of torch: {torch.version.cuda or 'none'}",
     ]
-    against = built.record().get("torch")
-    facts.append(
-        f"compiled backends: built against torch {against}"
-        if against
-        else "compiled backends: none were built; plain PyTorch serves, several times slower"
-    )
+    if against := built.record().get("torch"):
+        facts.append(f"compiled backends: built against torch {against}")
+    elif cpu.instruction_set():
+        facts.append("compiled backends: present, without setup.py's record of the build")
+    else:
+        facts.append("compiled backends: none; plain PyTorch serves, several times slower")
     for name, reason in available_backends().items():
         facts.append(f"backend {name}: {'live' if reason is None else 'not available: ' + reason}")
     return facts

@@ -212,6 +212,11 @@ def prepare(seen: rounds.Seen) -> list[int]:
         unknown = [e for e, fits in zip(seen.entries, seen.fits, strict=True) if not fits]
         if stale := [e for e in unknown if _must_converge(e)]:
             rounds.converge(stale)
+    return iterations_of(seen)
+
+
+def iterations_of(seen: rounds.Seen) -> list[int]:
+    """How often a round moves u and v of each layer."""
     if not (torch.is_grad_enabled() and any(seen.training)) or not may_iterate(seen.entries):
         return [0] * len(seen.entries)
     pairs = zip(seen.layers, seen.training, strict=True)
@@ -248,10 +253,10 @@ def _move_late(entries: Sequence[NormalizedWeight], records: Sequence[Round]) ->
         for e, record in zip(entries, records, strict=True)
         if e.apart is record and not record.moved and e.training
     ]
-    if not late or not may_iterate(late):
+    if not late or not any(iterations := iterations_of(seen := rounds.look(late))):
         return
     with torch.no_grad():
-        rounds.move(rounds.look(late), [e.settings.n_power_iterations for e in late])
+        rounds.move(seen, iterations)
     for record in records:
         record.moved = True
     for entry in late:

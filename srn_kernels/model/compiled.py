@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from srn_kernels.model import rounds
-from srn_kernels.model.begin import may_iterate
+from srn_kernels.model.begin import iterations_of
 from srn_kernels.model.shadow import put, take
 from srn_kernels.model.weight import NormalizedWeight
 
@@ -20,9 +20,8 @@ def enter(entries: Sequence[NormalizedWeight]) -> list[NormalizedWeight]:
     todo = [e for e in entries if not e.shadowed]
     if not todo:
         return todo
-    iterate = may_iterate(todo)
-    iterations = [e.settings.n_power_iterations if iterate and e.training else 0 for e in todo]
-    outs = rounds.normalize(rounds.look(todo), iterations)
+    seen = rounds.look(todo)
+    outs = rounds.normalize(seen, iterations_of(seen))
     for entry in todo:
         entry.fit.forget()
     put(todo, outs)

@@ -126,6 +126,7 @@ class Counted:
 def test_bytes_equal_those_of_the_triton_kernels(monkeypatch):
     from srn_kernels.backends.triton import launch
     from srn_kernels.core import ops
+    from srn_kernels.maths.scalars import STATS
 
     config = LaunchConfig(
         programs=2, block=4096, tile_bytes=16 * KB, min_rows=4, column_bytes=3 * KB
@@ -139,7 +140,8 @@ def test_bytes_equal_those_of_the_triton_kernels(monkeypatch):
         counted.watch(name, tensors)
     us, vs = [torch.randn(r) for r, _ in shapes], [torch.randn(c) for _, c in shapes]
     offsets, size = ops.state_layout(shapes)
-    state, stats, n = torch.empty(size), torch.empty(4, 8, dtype=torch.float64), len(shapes)
+    n = len(shapes)
+    state, stats = torch.empty(size), torch.empty(n, len(STATS), dtype=torch.float64)
     settings = [4.0] * n, [1] * n, [0] * n, [1e-12] * n
     launch.normalize(weights, us, vs, outs, state, stats, offsets, *settings)
     forward = expected(Replay(shapes, H200, False, config=config))

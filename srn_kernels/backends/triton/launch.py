@@ -220,6 +220,8 @@ _interpreter = threading.Lock()  # it patches Triton's language while it runs
 
 
 def _launch(plan: Plan, values: list[int], round_state: Tensor, stats: Tensor) -> None:
+    if stats.shape[1:] != (len(STATS),) or stats.dtype != torch.float64:  # rows by plain pointers
+        raise ValueError(f"stats must be float64 of (layers, {len(STATS)}), got {stats.shape}")
     with torch.cuda.device(plan.device) if plan.device.type == "cuda" else _interpreter:
         plan.launch(tuple(values), round_state, stats)
 
