@@ -25,7 +25,7 @@ NUMERICAL = (
     *("linalg", "power_method", "turning", "reference", "functional", "autograd", "exact", "top_k"),
     *("bound", "projection", "operator_norm", "parametrization", "precision", "convert", "loading"),
     *("migration", "layers", "looking", "module_kinds", "rounds", "shared_round", "copies"),
-    *("histories", "training", "activation_checkpoint"),
+    *("histories", "training", "activation_checkpoint", "scaled", "checkpoint", "known"),
 )
 # name: (variables, instruction set of our kernels, expression that leaves tests out)
 PATIENT = {"OMP_WAIT_POLICY": "PASSIVE"}  # more threads than cores: who waits leaves the core
