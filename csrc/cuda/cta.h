@@ -4,6 +4,8 @@
 //
 // Tickets make it safe for any number of CTAs: a tile waits only for tiles with smaller tickets,
 // and a CTA works on its tickets in order, so the smallest unfinished one never waits.
+//
+// Beyond 400 lines: producer and consumer are two halves of one protocol, to be read together.
 #pragma once
 
 #include "device.h"

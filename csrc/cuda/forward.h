@@ -4,6 +4,8 @@
 // A slab's rows give their part of s = W v and, from the same bytes in shared memory, the slab's
 // share of t = W^T s and of |W|_F^2. Column tiles add the shares in fixed order; whoever brings the
 // layer's counter to the end of a pass finishes it: sigma = |t| / |s|, u, v, and the statistics.
+//
+// Beyond 400 lines: its phases hand shared memory to one another, and stand in their order.
 #pragma once
 
 #include "elements.h"

@@ -14,6 +14,7 @@ from srn_kernels.core.record import Round
 from srn_kernels.model import recompute, rounds
 from srn_kernels.model.freshness import State
 from srn_kernels.model.hooks import Guard
+from srn_kernels.model.look import Seen, look
 from srn_kernels.model.refuse import refuse_surroundings
 from srn_kernels.model.shadow import Lease, Shadow, lock
 from srn_kernels.model.weight import NormalizedWeight
@@ -191,7 +192,7 @@ def fill(shadow: Shadow) -> None:
     for entry in entries:
         if len(entry.sites) > 1:
             entry.share_state()
-    seen = rounds.look(entries)
+    seen = look(entries)
     iterations = prepare(seen)
     before = recompute.records_of(entries)
     if shadow.groups == 1:
@@ -206,7 +207,7 @@ def fill(shadow: Shadow) -> None:
     shadow.install(outs)
 
 
-def prepare(seen: rounds.Seen) -> list[int]:
+def prepare(seen: Seen) -> list[int]:
     """The iterations a round makes, after u and v that do not fit have converged."""
     if not all(seen.fits):
         unknown = [e for e, fits in zip(seen.entries, seen.fits, strict=True) if not fits]
@@ -215,7 +216,7 @@ def prepare(seen: rounds.Seen) -> list[int]:
     return iterations_of(seen)
 
 
-def iterations_of(seen: rounds.Seen) -> list[int]:
+def iterations_of(seen: Seen) -> list[int]:
     """How often a round moves u and v of each layer."""
     if not (torch.is_grad_enabled() and any(seen.training)) or not may_iterate(seen.entries):
         return [0] * len(seen.entries)
@@ -231,9 +232,7 @@ def _must_converge(entry: NormalizedWeight) -> bool:
     return state in (State.STALE, State.UNSET)
 
 
-def finish(
-    root: object, seen: rounds.Seen, iterations: Sequence[int], before: Sequence[Round]
-) -> None:
+def finish(root: object, seen: Seen, iterations: Sequence[int], before: Sequence[Round]) -> None:
     """What a round leaves in its weights: u and v that fit, and its own record."""
     columns = (seen.entries, seen.weights, seen.versions, iterations)
     for entry, weight, version, n in zip(*columns, strict=True):
@@ -253,7 +252,7 @@ def _move_late(entries: Sequence[NormalizedWeight], records: Sequence[Round]) ->
         for e, record in zip(entries, records, strict=True)
         if e.apart is record and not record.moved and e.training
     ]
-    if not late or not any(iterations := iterations_of(seen := rounds.look(late))):
+    if not late or not any(iterations := iterations_of(seen := look(late))):
         return
     with torch.no_grad():
         rounds.move(seen, iterations)

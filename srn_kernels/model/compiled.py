@@ -8,6 +8,7 @@ from torch import nn
 
 from srn_kernels.model import rounds
 from srn_kernels.model.begin import iterations_of
+from srn_kernels.model.look import look
 from srn_kernels.model.shadow import put, take
 from srn_kernels.model.weight import NormalizedWeight
 
@@ -20,7 +21,7 @@ def enter(entries: Sequence[NormalizedWeight]) -> list[NormalizedWeight]:
     todo = [e for e in entries if not e.shadowed]
     if not todo:
         return todo
-    seen = rounds.look(todo)
+    seen = look(todo)
     outs = rounds.normalize(seen, iterations_of(seen))
     for entry in todo:
         entry.fit.forget()

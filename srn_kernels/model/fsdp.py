@@ -15,6 +15,7 @@ from srn_kernels.model import recompute, rounds
 from srn_kernels.model.begin import begin, end, finish, may_iterate, prepare
 from srn_kernels.model.freshness import is_split
 from srn_kernels.model.hooks import hook
+from srn_kernels.model.look import look
 from srn_kernels.model.weight import NormalizedWeight
 
 _UNIT = "_srn_unit"  # module.__dict__[_UNIT]: its _Unit
@@ -26,7 +27,7 @@ _FSDP1 = (
 
 def _measure(group: object, entries: Sequence[NormalizedWeight]) -> None:
     """A round of shards: all but W_hat, which each FSDP2 unit makes when it has gathered."""
-    seen = rounds.look(entries)
+    seen = look(entries)
     iterations = prepare(seen)
     before = recompute.records_of(entries)
     record = rounds.measure(seen, iterations)
@@ -46,7 +47,7 @@ def _is_measured(entries: Sequence[NormalizedWeight]) -> bool:
     return moves and all(e.written() == version for e, version in record.written)
 
 
-def look(group: Any) -> None:
+def find_units(group: Any) -> None:
     """Finds out which modules of a Group's root FSDP2 manages; RuntimeError for FSDP1."""
     group.units = _units(group.root)
     members: dict[nn.Module, list[NormalizedWeight]] = {}
@@ -89,7 +90,7 @@ def divide(
     several singular values normalise themselves.
     """
     if group.units is None:
-        look(group)
+        find_units(group)
     here, shards = [], []
     for entry in entries:
         unit = group.units.get(id(entry.sites[0][0]))

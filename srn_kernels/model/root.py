@@ -70,7 +70,7 @@ class Group:
         if self.units is None and any(
             "_is_fsdp_managed_module" in e.sites[0][0].__dict__ for e in self.current()
         ):
-            fsdp().look(self)
+            fsdp().find_units(self)
         return self.units is not None or any(is_split(e.weight) for e in self.current())
 
     def check_structure(self) -> None:

@@ -4,160 +4,22 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from srn_kernels import backends
 from srn_kernels.core.arguments import is_dense
 from srn_kernels.core.autograd import refuse_batched, run_round
-from srn_kernels.core.guard import are_plain, check_tensor, serving
+from srn_kernels.core.guard import serving
 from srn_kernels.core.plan import Plan, make_plan
 from srn_kernels.core.record import Round
-from srn_kernels.maths.bound import Scaling
-from srn_kernels.maths.matrix import state_dtype
-from srn_kernels.model.freshness import State, is_split, version_of
-from srn_kernels.model.weight import NormalizedWeight, hidden
+from srn_kernels.model.freshness import State
+from srn_kernels.model.look import Kind, Layer, Seen, explain, look
+from srn_kernels.model.weight import NormalizedWeight
 
 _FIRST = 2**63 - 1  # a sequence number behind that of every ordinary node
-_AUTOCAST_TYPES = (nn.Linear, nn.modules.conv._ConvNd, nn.MultiheadAttention)
-
-
-class Kind(NamedTuple):
-    """What all layers of one op call have in common."""
-
-    device: torch.device
-    split: bool  # whether processes hold the weights together
-    state_dtype: torch.dtype
-    backend: str
-    gradient: str
-    rule: str
-    alone: str  # the label of a tensor subclass, which is a call of its own
-
-
-class Layer:
-    """What a round needs of one layer beside its tensors; compared by identity, so made once."""
-
-    def __init__(self, entry: NormalizedWeight, weight: Tensor) -> None:
-        settings = entry.settings
-        self.settings, self.label = settings, entry.label
-        self.shape, self.dtype, self.device = weight.shape, weight.dtype, weight.device
-        self.type = type(weight)  # FSDP2 shows now a DTensor, now a plain Parameter
-        vector = weight.dim() == 1
-        self.dim = 0 if vector else settings.dim
-        self.rows = 1 if vector else weight.shape[settings.dim]
-        self.columns = weight.numel() // self.rows
-        self.target_rank = settings.target_rank(self.rows, self.columns)
-        self.rule, split = settings.chosen_rule, is_split(weight)
-        self.kind = Kind(
-            weight.device,
-            split,
-            state_dtype(weight.dtype),
-            settings.backend if self.rule.kernels else "reference",
-            settings.gradient,
-            self.rule.name,
-            "" if split or _is_plain(weight) else entry.label,
-        )
-        self.tied = len(entry.sites) > 1
-        self.n_power_iterations = settings.n_power_iterations
-        self.scaling = Scaling(
-            settings.sigma_max or 0.0, settings.grad_through_sigma, settings.gain
-        )
-        self.plain = not vector  # W_hat is what the op returns
-        self.autocasts = weight.dtype != torch.float64 and isinstance(
-            entry.sites[0][0], _AUTOCAST_TYPES
-        )
-
-    def describes(self, weight: Tensor) -> bool:
-        """Whether all this is still so."""
-        return (
-            weight.shape == self.shape
-            and weight.device == self.device
-            and is_split(weight) is self.kind.split
-            and (self.kind.split or _is_plain(weight) is not bool(self.kind.alone))
-        )
-
-
-def _is_plain(weight: Tensor) -> bool:
-    return torch.compiler.is_compiling() or are_plain([weight])
-
-
-class Seen(NamedTuple):
-    """What one look at the layers of a round has found, layer by layer."""
-
-    entries: Sequence[NormalizedWeight]
-    layers: Sequence[Layer]
-    weights: Sequence[Tensor]
-    us: Sequence[Tensor]
-    vs: Sequence[Tensor]
-    versions: Sequence[int]  # of the weights; 0 where a compiler traces
-    training: Sequence[bool]
-    fits: Sequence[bool]  # whether u and v are known to serve the weight
-
-    def part(self, places: Sequence[int]) -> Seen:
-        return Seen(*([column[i] for i in places] for column in self))
-
-
-def look(entries: Sequence[NormalizedWeight]) -> Seen:
-    """The weights of a round with their u and v; RuntimeError names a layer whose weight is hidden
-    or no longer belongs to its u and v."""
-    compiling = torch.compiler.is_compiling()
-    layers, weights, us, vs, versions, training, fits = [], [], [], [], [], [], []
-    for entry in entries:
-        module, name = entry.sites[0]
-        attributes, layer = module.__dict__, None if compiling else entry.layer
-        weight, buffers = attributes["_parameters"].get(name), attributes["_buffers"]
-        if weight is None:
-            raise hidden(module, name, entry.label)
-        version = 0 if compiling else version_of(weight)
-        fit = compiling or entry.fit.fits(weight, version)
-        if (
-            layer is None
-            or layer.settings is not entry.settings
-            or layer.dtype is not weight.dtype
-            or not ((fit and layer.type is type(weight)) or layer.describes(weight))
-        ):
-            if not compiling:
-                check_tensor(weight, entry.label)
-            layer = Layer(entry, weight)
-            if not compiling:
-                _check_vectors(entry, layer)
-                entry.layer = layer
-        u, v = buffers[entry.u_name], buffers[entry.v_name]
-        if type(u) is not Tensor:  # tensor parallelism replicates buffers
-            u, v = entry.u, entry.v
-        layers.append(layer)
-        weights.append(weight)
-        us.append(u)
-        vs.append(v)
-        versions.append(version)
-        training.append(attributes["training"] or (layer.tied and entry.training))
-        fits.append(fit)
-    return Seen(entries, layers, weights, us, vs, versions, training, fits)
-
-
-def _explain(seen: Seen) -> None:
-    """After an op has refused its arguments: names a weight that changed without a new Parameter
-    (``.data``), if there is one."""
-    for entry, layer, weight in zip(seen.entries, seen.layers, seen.weights, strict=True):
-        if not layer.describes(weight):
-            entry.layer = None
-            _check_vectors(entry, Layer(entry, weight))
-
-
-def _check_vectors(entry: NormalizedWeight, layer: Layer) -> None:
-    """Raises for a weight that was given another shape or dtype behind our back (``.data``)."""
-    pairs = layer.rule.pairs(layer.rows, layer.columns)
-    for x, size in ((entry.u, layer.rows), (entry.v, layer.columns)):
-        right = x.numel() == size * pairs and x.dtype == layer.kind.state_dtype
-        if not right or x.device != layer.device:
-            raise RuntimeError(
-                f"layer {layer.label!r}: its weight is now {layer.dtype} of shape "
-                f"{tuple(layer.shape)} on {layer.device}, but its u and v are {x.dtype} on "
-                f"{x.device} for another; move it with module.to(...), and take normalisation off "
-                "(remove_stable_rank_norm) before changing the shape"
-            )
 
 
 def autocast_dtype(device: str) -> torch.dtype | None:
@@ -296,7 +158,7 @@ def _run(
         given = (_matrices(seen.weights), seen.us, seen.vs)
         results = _runner(kind)(plan, record, *given, gains=_gains(seen))
     except (RuntimeError, ValueError, TypeError, IndexError):
-        _explain(seen)
+        explain(seen)
         raise
     if record is not None:
         for entry in seen.entries:

@@ -1,4 +1,7 @@
-"""The forward kernel: power iterations, statistics and W_hat of all layers; see common.py."""
+"""The forward kernel: power iterations, statistics and W_hat of all layers; see common.py.
+
+Beyond 400 lines because a kernel is one program, its phases in their order.
+"""
 
 from __future__ import annotations
 
