@@ -116,7 +116,7 @@ dist: setup
 	rm -rf dist
 	$(BIN)/python -m build --no-isolation --outdir dist .
 ifeq ($(shell uname -s),Linux)
-	$(BIN)/python -m auditwheel repair --strip --exclude "libtorch*" --exclude libc10.so \
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m auditwheel repair --strip --exclude "libtorch*" --exclude libc10.so \
 		--exclude libgomp.so.1 --wheel-dir dist dist/*-linux_*.whl
 	rm dist/*-linux_*.whl
 endif

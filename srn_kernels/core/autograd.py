@@ -60,7 +60,7 @@ class StableRankNormFunction(torch.autograd.Function):
 
     ``apply(plan, record, None, *weights, *gains, *us, *vs)`` returns ``(*W_hat, round_state,
     stats)``, W_hat with the factor of a soft bound and a gain, if a layer has them; the last two
-    carry no gradient. ``record`` is None or a :class:`Round` to fill. Given a finished round's
+    carry no gradient. ``record`` is None or a ``Round`` to fill. Given a finished round's
     ``round_state`` and ``stats`` as two more arguments, the same W_hat is computed again without
     touching the state. In eager mode, ``apply(plan, record, (us, vs), *weights, *gains)`` spares
     autograd the look at tensors that never have a gradient. Twice differentiable in eager mode.
