@@ -47,7 +47,7 @@ def check_tensor(tensor: object, label: str) -> None:
         raise TypeError(f"{label} must be a dense tensor, got a {kind} one; use its to_dense()")
 
 
-def check_new(weight: Tensor, label: str, dim: int = 0) -> None:
+def check_new(weight: Tensor, label: str) -> None:
     """TypeError, naming the weight, where a subclass lacks the arithmetic of normalisation."""
     check_tensor(weight, label)
     kind = type(weight).__name__
@@ -62,9 +62,9 @@ def check_new(weight: Tensor, label: str, dim: int = 0) -> None:
     with torch.no_grad(), naming(label, weight):
         pair = (
             torch.ones(n, dtype=state_dtype(weight.dtype), device=weight.device)
-            for n in matrix_shape(weight, dim)
+            for n in matrix_shape(weight, 0)
         )
-        made = TOP_ONE.normalize_layer(weight, *pair, 2.0, 1, 0.0, dim)
+        made = TOP_ONE.normalize_layer(weight, *pair, 2.0, 1, 0.0, 0)
         torch.empty_like(weight).copy_(made.weight)
         made.weight.isfinite().all().item()
 

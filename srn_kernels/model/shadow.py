@@ -62,9 +62,15 @@ class Shadow:
     def install(self, outs: Sequence[Tensor]) -> None:
         self.outs = outs
         self.versions = [e.written() for e in self.entries] if self.shared else []
-        for entry in self.entries:
-            entry.shadow = self
-        put(self.entries, outs)
+        try:
+            for entry in self.entries:
+                entry.shadow = self
+            put(self.entries, outs)
+        except BaseException:  # an interrupt, half way
+            for entry in self.entries:
+                entry.shadow = None
+            take(self.entries)
+            raise
 
     def lacks_graph(self) -> bool:
         """Whether gradients are wanted now that this W_hat cannot deliver."""

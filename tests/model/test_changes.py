@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
 import srn_kernels as srn
-from srn_kernels.model import begin
+from srn_kernels.model import begin, shadow
 
 # --- another hand on the Parameter ----------------------------------------------------------------
 
@@ -245,3 +245,19 @@ def test_a_copy_inside_a_shared_round_is_refused_by_name() -> None:
     ):
         copy.deepcopy(model)
     copy.deepcopy(model)
+
+
+def test_an_interrupt_while_w_hat_is_shown_stays_an_interrupt(monkeypatch) -> None:
+    model = srn.apply_stable_rank_norm(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), 0.5)
+    put = shadow.put
+
+    def interrupted(entries, outs) -> None:
+        put(entries[:1], outs[:1])
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(shadow, "put", interrupted)
+        model(torch.ones(2, 4))
+    assert is_raw(model)
+    model(torch.ones(2, 4)).sum().backward()
+    assert is_raw(model)
