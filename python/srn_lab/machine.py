@@ -11,7 +11,10 @@ from pathlib import Path
 
 import torch
 
-_PACKAGES = ("srn_kernels", "torch", "numpy", "accelerate", "torchmetrics", "scikit-learn")
+import srn_kernels
+
+# srn_kernels by its own attribute: the metadata of an editable install stay those of its day.
+_PACKAGES = ("torch", "numpy", "accelerate", "torchmetrics", "scikit-learn")
 _SOURCES = ("srn_kernels", "csrc", "python")
 
 
@@ -19,7 +22,10 @@ def environment() -> dict:
     """Versions, machine, thread count and, in a git checkout, the commit."""
     return {
         "python": platform.python_version(),
-        "packages": {name: _version(name) for name in _PACKAGES},
+        "packages": {
+            "srn_kernels": srn_kernels.__version__,
+            **{name: _version(name) for name in _PACKAGES},
+        },
         **_checkout(),
         "platform": f"{platform.system()} {platform.machine()}",
         "cpu": _cpu_name(),

@@ -7,6 +7,8 @@ import torch
 from srn_lab.cli.app import app
 from typer.testing import CliRunner
 
+import srn_kernels
+
 PNG = b"\x89PNG\r\n\x1a\n"
 TINY = "--width 4 --n-dis 1 --steps 3"
 DIGITS = "--data digits --resolution 8 --batch-size 8 --latent 4"
@@ -74,6 +76,7 @@ def test_demo_writes_every_file_it_lists(tmp_path):
     for name in ("samples", "elhist", "stable_rank", "overhead"):
         assert is_picture(files[name])
     assert metrics["environment"]["packages"]["torch"] == torch.__version__
+    assert metrics["environment"]["packages"]["srn_kernels"] == srn_kernels.__version__
     parts = metrics["wall"]
     assert sum(parts.values()) - parts["total_s"] == pytest.approx(parts["total_s"], rel=0.1)
 
