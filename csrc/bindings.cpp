@@ -11,6 +11,7 @@
 #include "checks.h"
 #include "cpu/layer.h"
 #include "cpu/recycler.h"
+#include "host.h"
 #include "verbs.h"
 
 namespace {
@@ -135,11 +136,12 @@ void normalize_backward(const Tensors& grads, const Tensors& weights, const at::
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   namespace py = pybind11;
   using NoGil = py::call_guard<py::gil_scoped_release>;
-  m.doc() = "CPU kernels of srn_kernels";
+  m.doc() = "CPU kernels of srn_kernels, and the loops of its rounds";
   srn::define_verbs(m, normalize, normalize_backward, NoGil());
   m.def("take_like",
         [](const Tensors& like, at::ScalarType type) { return srn::take_like(like, type); });
   m.def("take_like", [](const Tensors& like) { return srn::take_like(like); });
+  srn::define_host(m);
   m.def("empty_recycler", &srn::empty_recycler);
   m.def("instruction_set", [] { return std::string(srn::kernels().isa); });
   m.def("select_instruction_set", &srn::select_kernels);

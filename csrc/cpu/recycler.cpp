@@ -39,7 +39,13 @@ void give_back(void* context) {
   pool().idle[block->bytes].push_back(std::move(block));
 }
 
+c10::Storage storage(int64_t bytes, c10::DataPtr memory) {
+  return c10::Storage(c10::Storage::use_byte_size_t(), bytes, std::move(memory),
+                      c10::GetAllocator(at::kCPU), /*resizable=*/true);
+}
+
 c10::Storage take(int64_t bytes) {
+  if (bytes < kSmallest) return storage(bytes, c10::GetAllocator(at::kCPU)->allocate(bytes));
   auto& idle = pool().idle[bytes];
   std::unique_ptr<Block> block;
   if (idle.empty()) {
@@ -49,9 +55,7 @@ c10::Storage take(int64_t bytes) {
     idle.pop_back();
   }
   void* data = block->memory.get();
-  return c10::Storage(c10::Storage::use_byte_size_t(), bytes,
-                      c10::DataPtr(data, block.release(), &give_back, at::kCPU),
-                      c10::GetAllocator(at::kCPU), /*resizable=*/true);
+  return storage(bytes, c10::DataPtr(data, block.release(), &give_back, at::kCPU));
 }
 
 int64_t drop_idle(uint64_t unused_since) {
@@ -65,10 +69,9 @@ int64_t drop_idle(uint64_t unused_since) {
   return freed;
 }
 
+// Past the dispatcher, which would cost more than the arithmetic of a small layer.
 at::Tensor take_one(const at::Tensor& like, at::ScalarType type) {
   const int64_t bytes = like.numel() * int64_t(c10::elementSize(type));
-  const auto options = at::TensorOptions().dtype(type);
-  if (bytes < kSmallest) return at::empty_strided(like.sizes(), like.strides(), options);
   at::Tensor t = at::detail::make_tensor<c10::TensorImpl>(
       take(bytes), c10::DispatchKeySet(c10::DispatchKey::CPU), c10::scalarTypeToTypeMeta(type));
   t.unsafeGetTensorImpl()->set_sizes_and_strides(like.sizes(), like.strides());

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from srn_kernels.backends import cpu
+from srn_kernels.backends import cpu, host
 from srn_kernels.core import exact, ops
 from srn_kernels.core.guard import are_plain, is_traced, naming
 from srn_kernels.core.plan import Plan
@@ -39,8 +39,12 @@ def plain_eager() -> bool:
     )
 
 
-def _new_like(weights: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
-    """Uninitialised tensors with the weights' sizes and strides."""
+def _new_like(
+    weights: Sequence[Tensor], dtypes: Sequence[torch.dtype] | None = None
+) -> list[Tensor]:
+    """Uninitialised tensors with the weights' sizes and strides, and dtypes unless given."""
+    same = [w.dtype for w in weights]
+    dtypes = same if dtypes is None else list(dtypes)
     if torch.compiler.is_compiling():
         return [
             torch.empty_strided(w.shape, w.stride(), dtype=d, device=w.device)
@@ -48,7 +52,7 @@ def _new_like(weights: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[
         ]
     if cpu.unavailable_reason() is None and weights[0].is_cpu and are_plain(weights):
         # Recycled memory: on a CPU, touching fresh pages costs more than the arithmetic.
-        if all(d == w.dtype for d, w in zip(dtypes, weights, strict=True)):
+        if dtypes == same:
             return cpu.take_like(weights)
         if len(set(dtypes)) == 1:
             return cpu.take_like(weights, dtypes[0])
@@ -164,9 +168,13 @@ class StableRankNormFunction(torch.autograd.Function):
                 if gained[i] >= 0:
                     result[n + gained[i]] = by_gain.to(gain.dtype).reshape(gain.shape)
         elif rows:
-            chosen = [weights[i] for i in rows]
-            given = [_same_memory(grads[i], weights[i]) for i in rows]
-            outs = _new_like(chosen, [w.dtype for w in chosen])
+
+            def of_rows(column: Sequence[Any]) -> Sequence[Any]:
+                return column if len(rows) == n else [column[i] for i in rows]
+
+            chosen = of_rows(weights)
+            given = _same_memory(of_rows(grads[:n]), chosen)
+            outs = _new_like(chosen)
             places = [gained[i] for i in rows if gained[i] >= 0]
             grad_gains = [torch.empty_like(gains[p]) for p in places]
             ops.normalize_backward(
@@ -176,13 +184,13 @@ class StableRankNormFunction(torch.autograd.Function):
                 stats,
                 outs,
                 rows,
-                [plan.offsets[i] for i in rows],
-                [plan.dims[i] for i in rows],
+                of_rows(plan.offsets),
+                of_rows(plan.dims),
                 grad_gains,
                 [places.index(gained[i]) if gained[i] >= 0 else -1 for i in rows] if places else [],
                 [plan.scaled(i) for i in rows] if plan.gained else [],
-                [plan.target_ranks[i] for i in rows],
-                [plan.eps[i] for i in rows],
+                of_rows(plan.target_ranks),
+                of_rows(plan.eps),
                 plan.gradient,
                 plan.rule,
                 plan.backend if is_traced() or are_plain(given) else "reference",
@@ -251,9 +259,13 @@ def _run(
     return outputs
 
 
-def _same_memory(grad: Tensor, weight: Tensor) -> Tensor:
-    """``grad`` with the strides of ``weight``; a copy only where they differ."""
-    if grad.stride() == weight.stride():
-        return grad
-    copy = torch.empty_strided(weight.shape, weight.stride(), dtype=grad.dtype, device=grad.device)
-    return copy.copy_(grad)
+def _same_memory(grads: Sequence[Tensor], weights: Sequence[Tensor]) -> Sequence[Tensor]:
+    """``grads`` with the strides of ``weights``; copies only where they differ."""
+    if not torch.compiler.is_compiling() and host.have_equal_strides(grads, weights):
+        return grads
+    return [
+        g
+        if g.stride() == w.stride()
+        else torch.empty_strided(w.shape, w.stride(), dtype=g.dtype, device=g.device).copy_(g)
+        for g, w in zip(grads, weights, strict=True)
+    ]

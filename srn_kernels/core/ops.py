@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 from srn_kernels import backends
-from srn_kernels.backends import reference
+from srn_kernels.backends import host, reference
 from srn_kernels.maths.matrix import matrix_shape, state_layout
 from srn_kernels.maths.rules import named
 from srn_kernels.maths.scalars import STATS
@@ -54,19 +54,12 @@ _SCHEMAS = {
 }
 
 
-def _tell_autograd(*written: list[Tensor]) -> None:
-    """Kernels write through plain pointers."""
-    for tensors in written:
-        try:
-            torch.autograd.graph.increment_version(tensors)
-        except RuntimeError:  # inference tensors have no version
-            torch.autograd.graph.increment_version([x for x in tensors if not x.is_inference()])
-
-
-def _moved(vectors: list[Tensor], iterations: list[int]) -> list[Tensor]:
-    if min(iterations) > 0:
-        return vectors
-    return [x for x, n in zip(vectors, iterations, strict=True) if n > 0]
+def _tell_of(us: list[Tensor], vs: list[Tensor], iterations: list[int]) -> None:
+    """Tells autograd which u and v have moved."""
+    for vectors in (us, vs):
+        if min(iterations) <= 0:
+            vectors = [x for x, n in zip(vectors, iterations, strict=True) if n > 0]
+        host.tell_autograd(vectors)
 
 
 def _normalize(*arguments: Any) -> None:
@@ -77,7 +70,7 @@ def _normalize(*arguments: Any) -> None:
     else:
         reference.run(rule, *lists)
     us, vs, iterations = lists[1], lists[2], lists[8]
-    _tell_autograd(_moved(us, iterations), _moved(vs, iterations))
+    _tell_of(us, vs, iterations)
 
 
 def _normalize_backward(*arguments: Any) -> None:
@@ -98,7 +91,8 @@ def _project(*arguments: Any) -> None:
     stats = us[0].new_empty((len(weights), len(STATS)), dtype=torch.float64)
     lists = (weights, us, vs, weights, round_state, stats, offsets, target_ranks, iterations)
     backends.load(backend).normalize(*lists, dims, eps)
-    _tell_autograd(weights, _moved(us, iterations), _moved(vs, iterations))
+    host.tell_autograd(weights)
+    _tell_of(us, vs, iterations)
 
 
 _library = torch.library.Library("srn_kernels", "DEF")

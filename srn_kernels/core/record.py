@@ -72,8 +72,11 @@ def begin_backward(
         record.backward_seen = True
         for layer in record.layers:
             layer.backward_seen = True
-    for i, weight in enumerate(weights):
-        if grads[i] is not None and weight._version != versions[i]:
+    now = versions_of(weights)
+    if now == versions:
+        return
+    for i in range(len(weights)):
+        if grads[i] is not None and now[i] != versions[i]:
             raise RuntimeError(
                 f"the weight of layer {plan.names[i]!r} was changed in place between its "
                 "normalisation and this backward (an optimiser step?); run the forward again "

@@ -12,7 +12,7 @@ from torch import nn
 
 from srn_kernels.core.record import Round
 from srn_kernels.model import recompute, rounds
-from srn_kernels.model.freshness import State
+from srn_kernels.model.freshness import State, moved
 from srn_kernels.model.hooks import Guard
 from srn_kernels.model.look import Seen, look
 from srn_kernels.model.refuse import refuse_surroundings
@@ -166,11 +166,12 @@ def unshare(lease: Lease) -> None:
 
 def may_iterate(entries: Sequence[NormalizedWeight]) -> bool:
     """u and v move only where gradients are on and something of the round can train."""
-    return (
-        torch.is_grad_enabled()
-        and any(e.training for e in entries)
-        and any(e.trainable() for e in entries)
-    )
+    return torch.is_grad_enabled() and any(e.training for e in entries) and _can_train(entries)
+
+
+def _can_train(entries: Sequence[NormalizedWeight]) -> bool:
+    # mostly the first one can
+    return entries[0].trainable() or any(e.trainable() for e in entries)
 
 
 def fill(shadow: Shadow) -> None:
@@ -209,8 +210,8 @@ def fill(shadow: Shadow) -> None:
 
 def prepare(seen: Seen) -> list[int]:
     """The iterations a round makes, after u and v that do not fit have converged."""
-    if not all(seen.fits):
-        unknown = [e for e, fits in zip(seen.entries, seen.fits, strict=True) if not fits]
+    if not all(seen.fitting):
+        unknown = [e for e, known in zip(seen.entries, seen.fitting, strict=True) if not known]
         if stale := [e for e in unknown if _must_converge(e)]:
             rounds.converge(stale)
     return iterations_of(seen)
@@ -218,7 +219,7 @@ def prepare(seen: Seen) -> list[int]:
 
 def iterations_of(seen: Seen) -> list[int]:
     """How often a round moves u and v of each layer."""
-    if not (torch.is_grad_enabled() and any(seen.training)) or not may_iterate(seen.entries):
+    if not (torch.is_grad_enabled() and any(seen.training) and _can_train(seen.entries)):
         return [0] * len(seen.entries)
     pairs = zip(seen.layers, seen.training, strict=True)
     return [layer.n_power_iterations if training else 0 for layer, training in pairs]
@@ -234,10 +235,7 @@ def _must_converge(entry: NormalizedWeight) -> bool:
 
 def finish(root: object, seen: Seen, iterations: Sequence[int], before: Sequence[Round]) -> None:
     """What a round leaves in its weights: u and v that fit, and its own record."""
-    columns = (seen.entries, seen.weights, seen.versions, iterations)
-    for entry, weight, version, n in zip(*columns, strict=True):
-        if n > 0 or entry.fit.parameter is None:
-            entry.fit.moved(weight, version)
+    moved(seen.fits, seen.weights, seen.versions, iterations)
     recompute.link_waiting(root, seen.entries, before)
     if not torch.is_grad_enabled():  # a reentrant checkpoint's, perhaps
         for entry in seen.entries:

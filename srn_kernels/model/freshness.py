@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Sequence
 
 from torch import Tensor, nn
+
+from srn_kernels.core import record
 
 
 def is_split(weight: Tensor) -> bool:
@@ -23,6 +26,13 @@ def version_of(weight: Tensor) -> int:
         return version
     # foreach and fused optimisers write the local part alone
     return version + (weight._local_tensor._version if is_split(weight) else 0)
+
+
+def versions_of(weights: Sequence[Tensor]) -> list[int]:
+    """:func:`version_of` of each."""
+    if set(map(type, weights)) == {nn.Parameter}:
+        return record.versions_of(weights)
+    return [version_of(w) for w in weights]
 
 
 class State(enum.Enum):
@@ -56,15 +66,6 @@ class Freshness:
         self.vectors: tuple[int, int] | None = None  # NEW: versions of u and v
         self.backward_seen = False
         self.managed = False  # FSDP2 shows now its shards, now the gathered weight
-
-    def fits(self, weight: Tensor, version: int) -> bool:
-        """Whether u and v are known to serve this weight of this :func:`version_of`; the short way
-        to ``now() is FRESH``."""
-        return (
-            weight is self.parameter
-            and (self.backward_seen or version == self.version)
-            and self.state is State.FRESH
-        )
 
     def now(self, weight: Tensor, u: Tensor, v: Tensor) -> State:
         """The state in view of the weight, u and v as they are."""
@@ -109,14 +110,6 @@ class Freshness:
             weight = known
         self.parameter, self.version = weight, version_of(weight)
 
-    def moved(self, weight: Tensor, version: int) -> None:
-        """u and v have moved in a round of this weight, of this :func:`version_of`; the short way
-        to become FRESH."""
-        if weight is self.parameter and self.state is State.FRESH:
-            self.backward_seen, self.version = False, version
-        else:
-            self.become(State.FRESH, weight)
-
     def forget(self) -> None:
         """NEW and FRESH become UNSEEN. Writes alone: a compiled round guards what it reads."""
         self.parameter = self.vectors = None
@@ -125,3 +118,35 @@ class Freshness:
         """The version of what optimisers write, also while FSDP2 shows a gathered weight."""
         known = self.parameter
         return version_of(known if self.managed and known is not None else weight)
+
+
+# --- the short ways of a round, which asks and tells all its weights at once ----------------------
+
+_FRESH = State.FRESH  # to look a member up takes longer than all the rest
+
+
+def known_to_fit(
+    fits: Sequence[Freshness], weights: Sequence[Tensor], versions: Sequence[int]
+) -> list[bool]:
+    """For each weight, of this :func:`version_of`, whether ``now() is FRESH`` for sure."""
+    return [
+        weight is fit.parameter
+        and (fit.backward_seen or version == fit.version)
+        and fit.state is _FRESH
+        for fit, weight, version in zip(fits, weights, versions, strict=True)
+    ]
+
+
+def moved(
+    fits: Sequence[Freshness],
+    weights: Sequence[Tensor],
+    versions: Sequence[int],
+    iterations: Sequence[int],
+) -> None:
+    """A round of these weights, of these versions, has moved u and v: they ``become(FRESH)``."""
+    for fit, weight, version, n in zip(fits, weights, versions, iterations, strict=True):
+        if n > 0 or fit.parameter is None:
+            if weight is fit.parameter and fit.state is _FRESH:
+                fit.backward_seen, fit.version = False, version
+            else:
+                fit.become(_FRESH, weight)

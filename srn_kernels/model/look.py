@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from srn_kernels.core.guard import are_plain, check_tensor
 from srn_kernels.maths.bound import Scaling
 from srn_kernels.maths.matrix import state_dtype
-from srn_kernels.model.freshness import is_split, version_of
+from srn_kernels.model.freshness import Freshness, is_split, known_to_fit, versions_of
 from srn_kernels.model.weight import NormalizedWeight, hidden
 
 _AUTOCAST_TYPES = (nn.Linear, nn.modules.conv._ConvNd, nn.MultiheadAttention)
@@ -84,9 +84,10 @@ class Seen(NamedTuple):
     weights: Sequence[Tensor]
     us: Sequence[Tensor]
     vs: Sequence[Tensor]
-    versions: Sequence[int]  # of the weights; 0 where a compiler traces
     training: Sequence[bool]
-    fits: Sequence[bool]  # whether u and v are known to serve the weight
+    versions: Sequence[int]  # of the weights; 0 where a compiler traces
+    fits: Sequence[Freshness]
+    fitting: Sequence[bool]  # whether u and v are known to serve the weight
 
     def part(self, places: Sequence[int]) -> Seen:
         return Seen(*([column[i] for i in places] for column in self))
@@ -95,16 +96,19 @@ class Seen(NamedTuple):
 def look(entries: Sequence[NormalizedWeight]) -> Seen:
     """The weights of a round with their u and v; RuntimeError names a layer whose weight is hidden
     or no longer belongs to its u and v."""
-    compiling = torch.compiler.is_compiling()
-    layers, weights, us, vs, versions, training, fits = [], [], [], [], [], [], []
-    for entry in entries:
-        module, name = entry.sites[0]
-        attributes, layer = module.__dict__, None if compiling else entry.layer
-        weight, buffers = attributes["_parameters"].get(name), attributes["_buffers"]
-        if weight is None:
-            raise hidden(module, name, entry.label)
-        version = 0 if compiling else version_of(weight)
-        fit = compiling or entry.fit.fits(weight, version)
+    compiling, n = torch.compiler.is_compiling(), len(entries)
+    sites = [e.sites[0] for e in entries]
+    modules = [module.__dict__ for module, _ in sites]
+    weights = [x["_parameters"].get(name) for x, (_, name) in zip(modules, sites, strict=True)]
+    if type(None) in map(type, weights):
+        place = next(i for i, w in enumerate(weights) if w is None)
+        raise hidden(*sites[place], entries[place].label)
+    fits = [e.fit for e in entries]
+    versions = [0] * n if compiling else versions_of(weights)
+    fitting = [True] * n if compiling else known_to_fit(fits, weights, versions)
+    layers, us, vs = [], [], []
+    for entry, attributes, weight, fit in zip(entries, modules, weights, fitting, strict=True):
+        layer = None if compiling else entry.layer
         if (
             layer is None
             or layer.settings is not entry.settings
@@ -117,17 +121,17 @@ def look(entries: Sequence[NormalizedWeight]) -> Seen:
             if not compiling:
                 _check_vectors(entry, layer)
                 entry.layer = layer
-        u, v = buffers[entry.u_name], buffers[entry.v_name]
-        if type(u) is not Tensor:  # tensor parallelism replicates buffers
-            u, v = entry.u, entry.v
         layers.append(layer)
-        weights.append(weight)
-        us.append(u)
-        vs.append(v)
-        versions.append(version)
-        training.append(attributes["training"] or (layer.tied and entry.training))
-        fits.append(fit)
-    return Seen(entries, layers, weights, us, vs, versions, training, fits)
+        buffers = attributes["_buffers"]
+        us.append(buffers[entry.u_name])
+        vs.append(buffers[entry.v_name])
+    if set(map(type, us)) != {Tensor}:  # tensor parallelism replicates buffers
+        us, vs = [e.u for e in entries], [e.v for e in entries]
+    training = [
+        x["training"] or (layer.tied and e.training)
+        for x, layer, e in zip(modules, layers, entries, strict=True)
+    ]
+    return Seen(entries, layers, weights, us, vs, training, versions, fits, fitting)
 
 
 def explain(seen: Seen) -> None:

@@ -39,8 +39,8 @@ def link_waiting(
     root: object, entries: Sequence[NormalizedWeight], before: Sequence[Round]
 ) -> None:
     """Links the rounds of ``entries`` just made to those before them that wait for a backward."""
-    waiting = {id(x): x for record in before for x in (record, *record.waiting())}
-    open_ = [x for x in waiting.values() if x.graphed and not x.backward_seen]
+    found = dict.fromkeys([x for record in before for x in (record, *record.waiting())])
+    open_ = [x for x in found if x.graphed and not x.backward_seen]
     # The graph of a reentrant checkpoint does not hold the round whose W_hat it used.
     kept = [x for x in open_ if x.checkpointed and not x.repeated]
     earlier = [weakref.ref(x) for x in open_ if not x.checkpointed]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from srn_kernels import backends
+from srn_kernels.backends import host
 from srn_kernels.core.arguments import is_dense
 from srn_kernels.core.autograd import refuse_batched, run_round
 from srn_kernels.core.guard import serving
@@ -93,9 +94,11 @@ def _plan_of(kind: Kind, seen: Seen, iterations: Sequence[int], out_dtypes: Any 
 # --- one round ------------------------------------------------------------------------------------
 
 
-def _matrices(weights: Sequence[Tensor]) -> list[Tensor]:
+def _matrices(weights: Sequence[Tensor]) -> Sequence[Tensor]:
     """The weights as the ops take them: dense, and a vector as a matrix of one row."""
-    return [w if w.is_contiguous() and w.dim() > 1 else _matrix(w) for w in weights]
+    if not torch.compiler.is_compiling() and host.are_contiguous_matrices(weights):
+        return weights
+    return [_matrix(w) for w in weights]
 
 
 def _gains(seen: Seen) -> list[Tensor]:
@@ -151,7 +154,7 @@ def _run(
 ) -> Sequence[Tensor]:
     """:func:`normalize` of the layers of one op call."""
     plan = _plan_of(kind, seen, iterations)
-    record = Round(plan, [e.fit for e in seen.entries]) if keep else None
+    record = Round(plan, seen.fits) if keep else None
     if kind.split:
         _check_split(seen)
     try:
@@ -185,7 +188,7 @@ def measure(seen: Seen, iterations: Sequence[int]) -> Round:
     weights = _matrices([w.detach() for w in seen.weights])
     plan = _cached_plan(tuple(seen.layers), tuple(iterations), None, "reference", ())
     blocks = [split.block_of(w, x.dim, x.label) for w, x in zip(weights, seen.layers, strict=True)]
-    record = Round(plan, [e.fit for e in seen.entries])
+    record = Round(plan, seen.fits)
     local = [w.to_local() for w in weights]
     record.round_state, record.stats = split.measure(plan, local, blocks, seen.us, seen.vs)
     return record
@@ -217,7 +220,7 @@ def repeat(entries: Sequence[NormalizedWeight], records: Sequence[Round]) -> lis
             round_state = torch.cat([round_state[bounds[p] : bounds[p + 1]] for p in places])
             stats = stats[places]
         # Its backward counts as one of the original round.
-        kept = Round(plan, [*(e.fit for e in seen.entries), record])
+        kept = Round(plan, [*seen.fits, record])
         vectors = (seen.us, seen.vs, round_state, stats)
         results = _runner(kind)(plan, kept, _matrices(seen.weights), *vectors, gains=_gains(seen))
         for i, out in zip(part, _finish(seen, results), strict=True):

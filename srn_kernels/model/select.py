@@ -233,7 +233,7 @@ def select(
                         f"{label} and {first.label} are one Parameter but would get different "
                         "settings"
                     )
-                first.sites.append((module, name))
+                first.add_site(module, name)
             elif normalized_by(weight) is not None:
                 skipped.append((label, "its Parameter is normalised by another layer"))
             else:

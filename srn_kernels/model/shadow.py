@@ -5,12 +5,15 @@ Attribute look-up finds a module's ``__dict__`` before its parameters, which sta
 
 from __future__ import annotations
 
+import operator
 import threading
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from srn_kernels.backends import host
 from srn_kernels.model.weight import NormalizedWeight
 
 lock = threading.RLock()
@@ -18,31 +21,33 @@ lock = threading.RLock()
 
 def put(entries: Sequence[NormalizedWeight], outs: Sequence[Tensor]) -> None:
     """Shows W_hat at every site of the weights."""
-    for entry, out in zip(entries, outs, strict=True):
+    for entry in entries:
         entry.shadowed = True
-        for module, name in entry.sites:
-            module.__dict__[name] = out
-            if isinstance(module, nn.RNNBase):
-                _flatten(module)
+    _loops().set_attributes([e.sites for e in entries], outs)
+    _flatten(entries)
 
 
 def take(entries: Sequence[NormalizedWeight]) -> list[Tensor | None]:
     """Shows the parameters again; returns what stood in front of them."""
-    outs = []
     for entry in entries:
-        entry.shadowed, seen = False, None
-        for module, name in entry.sites:
-            seen = module.__dict__.pop(name, None)
-            if isinstance(module, nn.RNNBase):
-                _flatten(module)
-        outs.append(seen)
+        entry.shadowed = False
+    outs = _loops().take_attributes([e.sites for e in entries])
+    _flatten(entries)
     return outs
 
 
-def _flatten(module: nn.RNNBase) -> None:
+def _loops() -> Any:
+    return host.PYTHON if torch.compiler.is_compiling() else host  # C++ cannot be traced
+
+
+def _flatten(entries: Sequence[NormalizedWeight]) -> None:
     """Recurrent layers read a list, not the attribute."""
-    flat = [getattr(module, n, None) for n in module._flat_weights_names]
-    module.__dict__["_flat_weights"] = flat
+    for entry in entries:
+        if entry.recurrent:
+            for module, _ in entry.sites:
+                if isinstance(module, nn.RNNBase):
+                    flat = [getattr(module, n, None) for n in module._flat_weights_names]
+                    module.__dict__["_flat_weights"] = flat
 
 
 class Shadow:
@@ -94,8 +99,10 @@ class Shadow:
             shown = [e for e in shown if e.shadow is self]
         for entry in shown:
             entry.shadow = None
-        found = zip(shown, outs, take(shown), strict=True)
-        return [entry for entry, out, seen in found if seen is not out]
+        seen = take(shown)
+        if all(map(operator.is_, seen, outs)):
+            return []
+        return [e for e, out, x in zip(shown, outs, seen, strict=True) if x is not out]
 
 
 class Lease:

@@ -37,7 +37,9 @@ class NormalizedWeight:
     def __init__(self, module: nn.Module, name: str, label: str, settings: Settings) -> None:
         self.settings = settings
         self.label = label  # for messages, and the seed of u and v
-        self.sites: list[tuple[nn.Module, str]] = [(module, name)]
+        self.sites: list[tuple[nn.Module, str]] = []
+        self.recurrent = False  # whether one of them is a recurrent layer
+        self.add_site(module, name)
         self.u_name, self.v_name = name + "_u", name + "_v"  # buffers of the first site
         self.owner: Owner | None = None
         self.fit = Freshness()
@@ -50,6 +52,12 @@ class NormalizedWeight:
         self.record: Round | None = None  # the last
         self.apart: Round | None = None  # the last without gradients in training
         self.layer: Any = None  # what rounds know of it beside its tensors
+
+    def add_site(self, module: nn.Module, name: str) -> None:
+        """Takes note of a module that has this Parameter under a name."""
+        self.sites.append((module, name))
+        self.recurrent = self.recurrent or isinstance(module, nn.RNNBase)
+        self.layer = None
 
     # A copy keeps the state of u and v: the Parameter and the vectors are copied along with it, so
     # that a later replacement of the copy's own is seen.

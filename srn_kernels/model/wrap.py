@@ -279,8 +279,7 @@ def _merge(first: NormalizedWeight, other: NormalizedWeight) -> None:
     root.release(other)
     for module, name in other.sites:
         module.__dict__[KEY][name] = first
-        first.sites.append((module, name))
-    first.layer = None
+        first.add_site(module, name)
     first.share_state()
     for module, name in other.sites:
         module._parameters.pop(name + "_gain", None)

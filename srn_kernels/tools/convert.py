@@ -182,7 +182,7 @@ def _take(item: _Taken) -> None:
     for found, _ in item.items:
         known.strip(found, weight)
         if not any(m is found.module and n == found.name for m, n in entry.sites):
-            entry.sites.append((found.module, found.name))
+            entry.add_site(found.module, found.name)
     pair = known.vector_pair(weight) if item.pair[0] is None else item.pair
     attach(entry, known.as_state(pair, weight))
     for found, record in item.items:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import srn_kernels as srn
+from srn_kernels.model.freshness import State
 
 
 def linear(rows: int = 5, columns: int = 8, scale: float = 1.0, **keywords) -> nn.Linear:
@@ -200,7 +201,7 @@ def test_rounds_train_the_gain_and_move_state_once() -> None:
     assert losses[-1] < losses[0]
     assert all(float(m.weight_gain.detach()) != 1 for m in (model.conv, model.up, model.head))
     # Nothing re-converges after an optimiser step.
-    assert not any(not e.fit.fits(e.weight, e.weight._version) for e in model.conv._srn.values())
+    assert all(e.state() is State.FRESH for e in model.conv._srn.values())
 
     frozen = wrapped().train()
     for layer in (frozen.conv, frozen.up, frozen.head):
