@@ -42,9 +42,7 @@ void set_up(BackwardLayer& l, const KernelTables& tables, bool stream, Workspace
   job->u = static_cast<const A*>(l.round_u);
   job->v = ws.take_array<A>(columns);
   job->partials = ws.take_array<InnerProducts>(job->slabs.count);
-  const A* v = static_cast<const A*>(l.round_v);
-  const auto& column_of = l.layout.column_of;
-  for (int64_t j = 0; j < columns; ++j) job->v[j] = v[column_of.empty() ? j : column_of[j]];
+  to_memory_order(l.layout, static_cast<const A*>(l.round_v), job->v);
 }
 
 template <class A>
@@ -55,14 +53,10 @@ void run_inner(BackwardJob<A>& job, int64_t index) {
   const Range range = elementwise_range(layout, job.slabs, index);
   InnerProducts sum{0.0, 0.0};
   if (layout.outer == 1) {
-    const auto inner = job.k->inner_row[l.grad_type][l.weight_type];
-    for (int64_t r = range.begin; r < range.end; ++r) {
-      const InnerProducts row =
-          inner(at(l.grad, r * layout.inner, l.grad_type),
-                at(l.weight, r * layout.inner, l.weight_type), layout.inner, job.v);
-      sum.g_w += row.g_w;
-      sum.g_e += row.g_e * double(job.u[r]);
-    }
+    const int64_t first = range.begin * layout.inner;
+    sum = job.k->inner_rows[l.grad_type][l.weight_type](
+        at(l.grad, first, l.grad_type), at(l.weight, first, l.weight_type), range.end - range.begin,
+        layout.inner, job.u + range.begin, job.v);
   } else {
     const auto inner = job.k->inner_flat[l.grad_type][l.weight_type];
     const int64_t slice = layout.rows * layout.inner;
@@ -100,13 +94,11 @@ void run_combine(BackwardJob<A>& job, int64_t index) {
   const A scale = A(job.scalars.scale), weight = A(job.scalars.weight),
           outer = A(job.scalars.outer);
   if (layout.outer == 1) {
-    const auto combine = job.k->combine_row[l.grad_type][l.weight_type];
-    for (int64_t r = range.begin; r < range.end; ++r) {
-      const int64_t o = r * layout.inner;
-      combine(at(l.grad, o, l.grad_type), at(l.weight, o, l.weight_type),
-              at(l.grad_weight, o, l.weight_type), layout.inner, scale, weight, outer * job.u[r],
-              job.v, job.stream);
-    }
+    const int64_t first = range.begin * layout.inner;
+    job.k->combine_rows[l.grad_type][l.weight_type](
+        at(l.grad, first, l.grad_type), at(l.weight, first, l.weight_type),
+        at(l.grad_weight, first, l.weight_type), range.end - range.begin, layout.inner, scale,
+        weight, outer, job.u + range.begin, job.v, job.stream);
     if (job.stream) job.fence();
     return;
   }
@@ -122,8 +114,9 @@ void run_combine(BackwardJob<A>& job, int64_t index) {
 }
 
 template <class A>
-std::vector<int32_t> tiles_of(const BackwardJob<A>& job) {
-  return std::vector<int32_t>(2, int32_t(elementwise_tiles(job.layer->layout, job.slabs)));
+JobShape shape_of(const BackwardJob<A>& job) {
+  const auto tiles = int32_t(elementwise_tiles(job.layer->layout, job.slabs));
+  return {2, tiles, tiles, 0, false};
 }
 
 template <class A>

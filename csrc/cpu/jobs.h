@@ -1,7 +1,7 @@
 // All layers of one call as jobs of either accumulation type, run over one list of tiles.
 //
 // A Job<A> has bytes(layer, slabs), its scratch, touched(layer), what one pass of it reads, and
-// written(layer); beside it stand set_up(layer, tables, stream, workspace, &job), tiles_of(job), in
+// written(layer); beside it stand set_up(layer, tables, stream, workspace, &job), shape_of(job), in
 // each phase, run(job, phase, index) and finish(job, phase). Torch-free.
 #pragma once
 
@@ -46,9 +46,9 @@ void run_jobs(std::vector<Layer>& layers, int64_t whole_bytes, int64_t worker_by
       set_up(layers[i], tables, written > kStreamBytes, ws, &job);
       const int64_t bytes = job.touched(layers[i]);
       JobShape& shape = shapes[i];
-      shape.tiles = tiles_of(job);
+      shape = shape_of(job);
       shape.whole = bytes <= whole_bytes;
-      shape.tile_bytes = shape.whole ? bytes : bytes / shape.tiles[0];
+      shape.tile_bytes = shape.whole ? bytes : bytes / shape.tiles(0);
       lookahead = std::max(lookahead, shape.tile_bytes);
       total += bytes;
     });

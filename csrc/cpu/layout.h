@@ -20,6 +20,18 @@ struct Layout {
 // False when the strides do not describe a dense, non-overlapping tensor.
 inline bool make_layout(const int64_t* sizes, const int64_t* strides, int ndim, int dim,
                         Layout* layout) {
+  *layout = Layout{};
+  int64_t size = 1;
+  bool ordered = dim == 0;
+  for (int d = ndim - 1; ordered && d >= 0; --d) {
+    ordered = sizes[d] == 1 || strides[d] == size;
+    size *= sizes[d];
+  }
+  if (ordered && size > 0) {  // the usual case, without the memory below
+    layout->rows = sizes[0];
+    layout->inner = size / sizes[0];
+    return true;
+  }
   std::vector<int> order;
   for (int d = 0; d < ndim; ++d)
     if (sizes[d] != 1) order.push_back(d);
@@ -30,7 +42,6 @@ inline bool make_layout(const int64_t* sizes, const int64_t* strides, int ndim, 
     if (strides[*it] != expected) return false;
     expected *= sizes[*it];
   }
-  *layout = Layout{};
   layout->rows = sizes[dim];
   bool after = false;
   std::vector<int> memory;  // column dimensions in memory order, outermost first
@@ -62,6 +73,26 @@ inline bool make_layout(const int64_t* sizes, const int64_t* strides, int ndim, 
     layout->column_of.swap(next);
   }
   return true;
+}
+
+// v, whose elements the matrix numbers in its own way, in the order of the columns in memory.
+template <class A>
+void to_memory_order(const Layout& l, const A* v, A* out) {
+  if (l.column_of.empty()) {
+    std::copy_n(v, l.columns(), out);
+    return;
+  }
+  for (int64_t j = 0; j < l.columns(); ++j) out[j] = v[l.column_of[j]];
+}
+
+// And back.
+template <class A>
+void to_matrix_order(const Layout& l, const A* v, A* out) {
+  if (l.column_of.empty()) {
+    std::copy_n(v, l.columns(), out);
+    return;
+  }
+  for (int64_t j = 0; j < l.columns(); ++j) out[l.column_of[j]] = v[j];
 }
 
 }  // namespace srn

@@ -41,19 +41,13 @@ struct ForwardJob {
 };
 
 constexpr int64_t kPackRows = 16;
+constexpr int kLargestExponent = 1000;  // its power of two is a finite double
 
+// x of unit length; a vector of zeros stays one.
 template <class A>
-double norm(const A* x, int64_t n) {
-  double sum = 0.0;
-  for (int64_t i = 0; i < n; ++i) sum += double(x[i]) * double(x[i]);
-  return std::sqrt(sum);
-}
-
-// What makes a unit vector of x: its norm; a vector of zeros stays one.
-template <class A>
-double divisor(const A* x, int64_t n) {
-  const double size = norm(x, n);
-  return size == 0.0 ? 1.0 : size;
+void make_unit(const Kernels<A>& k, A* x, int64_t n) {
+  const double size = std::sqrt(k.square_sum(x, n));
+  if (size != 0.0) k.divide(x, size, n, x);
 }
 
 template <class A>
@@ -78,13 +72,12 @@ void set_up(NormalizeLayer& l, const KernelTables& tables, bool stream, Workspac
   const bool repeat = l.iterations < 0;
   const A* v = static_cast<const A*>(repeat ? l.round_v : l.v);
   const A* u = static_cast<const A*>(repeat ? l.round_u : l.u);
-  // Evaluation uses u/|u| and v/|v|: an average of unit vectors is shorter than one.
-  const double v_norm = l.iterations == 0 ? divisor(v, columns) : 1.0;
-  const double u_norm = l.iterations == 0 ? divisor(u, rows) : 1.0;
-  const auto& column_of = l.layout.column_of;
-  for (int64_t j = 0; j < columns; ++j)
-    job->v[j] = A(double(v[column_of.empty() ? j : column_of[j]]) / v_norm);
-  for (int64_t r = 0; r < rows; ++r) job->u[r] = A(double(u[r]) / u_norm);
+  to_memory_order(l.layout, v, job->v);
+  std::copy_n(u, rows, job->u);
+  if (l.iterations == 0) {  // an average of unit vectors is shorter than one
+    make_unit(*job->k, job->u, rows);
+    make_unit(*job->k, job->v, columns);
+  }
   if (repeat) {
     set_factor(l.stats, l.scaling);
     job->stats = *l.stats;
@@ -145,8 +138,9 @@ void run_slab(ForwardJob<A>& job, int64_t slab) {
     // t grows as sigma^2, which may leave float32: scale s by a power of two, which is exact.
     A largest = 0, scaled[kRowBlock];
     for (int i = 0; i < n; ++i) largest = std::max(largest, std::fabs(s[i]));
-    const int here =
-        largest > 0 && largest <= std::numeric_limits<A>::max() ? std::ilogb(largest) : 0;
+    const int here = largest > 0 && largest <= std::numeric_limits<A>::max()
+                         ? std::max(std::ilogb(largest), -kLargestExponent)
+                         : 0;
     if (exponent == std::numeric_limits<int>::min()) {
       exponent = here;
     } else if (here > exponent + 40) {
@@ -154,7 +148,8 @@ void run_slab(ForwardJob<A>& job, int64_t slab) {
       for (int64_t j = 0; j < columns; ++j) t[j] *= shrink;
       exponent = here;
     }
-    for (int i = 0; i < n; ++i) scaled[i] = A(std::ldexp(double(s[i]), -exponent));
+    const double unit = std::ldexp(1.0, -exponent);
+    for (int i = 0; i < n; ++i) scaled[i] = A(double(s[i]) * unit);
     // In a packed block the rows that follow are not in memory yet; any address will do.
     const bool ahead = l.layout.outer == 1 && r + 2 * kRowBlock <= l.layout.rows;
     const void* next = ahead ? at(l.weight, (r + kRowBlock) * columns, l.weight_type) : w;
@@ -171,16 +166,16 @@ void finish_pass(ForwardJob<A>& job, int pass) {
   double frobenius_sq = 0.0, sigma = 0.0;
   for (int64_t k = 0; k < n; ++k) frobenius_sq += job.squares[k];
   if (l.iterations > 0) {
-    const double s_norm = norm(job.s, rows);
-    job.k->reduce(job.partials, job.factors, n, columns, job.total);
-    const double t_norm = norm(job.total, columns);
+    const double s_norm = std::sqrt(job.k->square_sum(job.s, rows));
+    const double t_norm =
+        std::sqrt(job.k->reduce(job.partials, job.factors, n, columns, job.total));
     sigma = s_norm > 0.0 ? t_norm / s_norm : s_norm;
     if (sigma > 0.0) {
-      for (int64_t r = 0; r < rows; ++r) job.u[r] = A(double(job.s[r]) / s_norm);
-      for (int64_t j = 0; j < columns; ++j) job.v[j] = A(job.total[j] / t_norm);
+      job.k->divide(job.s, s_norm, rows, job.u);
+      job.k->divide_wide(job.total, t_norm, columns, job.v);
     }
   } else {
-    for (int64_t r = 0; r < rows; ++r) sigma += double(job.u[r]) * double(job.s[r]);
+    sigma = job.k->inner(job.u, job.s, rows);
   }
   if (pass + 1 < job.passes) return;
 
@@ -197,9 +192,8 @@ void finish_pass(ForwardJob<A>& job, int pass) {
     std::copy_n(v, columns, round_v);
     return;
   }
-  const auto& column_of = l.layout.column_of;
   std::copy_n(job.u, rows, round_u);
-  for (int64_t j = 0; j < columns; ++j) round_v[column_of.empty() ? j : column_of[j]] = job.v[j];
+  to_matrix_order(l.layout, job.v, round_v);
   if (l.iterations > 0) {
     std::copy_n(round_u, rows, u);
     std::copy_n(round_v, columns, v);
@@ -216,10 +210,10 @@ void run_rescale(ForwardJob<A>& job, int64_t index) {
   const Range range = elementwise_range(layout, job.slabs, tiles - 1 - index);
   const A a = A(job.stats.factor * job.stats.a), b = A(job.stats.factor * job.stats.b);
   if (layout.outer == 1) {
-    const auto scale = job.k->scale_row[l.weight_type][l.out_type];
-    for (int64_t r = range.begin; r < range.end; ++r)
-      scale(at(l.weight, r * layout.inner, l.weight_type), at(l.out, r * layout.inner, l.out_type),
-            layout.inner, a, b * job.u[r], job.v, job.stream);
+    const int64_t first = range.begin * layout.inner;
+    job.k->scale_rows[l.weight_type][l.out_type](
+        at(l.weight, first, l.weight_type), at(l.out, first, l.out_type), range.end - range.begin,
+        layout.inner, a, b, job.u + range.begin, job.v, job.stream);
     if (job.stream) job.fence();
     return;
   }
@@ -234,10 +228,9 @@ void run_rescale(ForwardJob<A>& job, int64_t index) {
 }
 
 template <class A>
-std::vector<int32_t> tiles_of(const ForwardJob<A>& job) {
-  std::vector<int32_t> tiles(job.passes, int32_t(job.slabs.count));
-  tiles.push_back(int32_t(elementwise_tiles(job.layer->layout, job.slabs)));
-  return tiles;
+JobShape shape_of(const ForwardJob<A>& job) {
+  const auto rescale = int32_t(elementwise_tiles(job.layer->layout, job.slabs));
+  return {job.passes + 1, int32_t(job.slabs.count), rescale, 0, false};
 }
 
 template <class A>

@@ -23,9 +23,11 @@ struct Tile {
 constexpr int32_t kWholeJob = -1;
 
 struct JobShape {
-  std::vector<int32_t> tiles;  // tiles in each phase
-  int64_t tile_bytes;          // bytes that one tile touches
+  int32_t phases;
+  int32_t first, last;  // tiles in each phase, and in the last one
+  int64_t tile_bytes;   // bytes that one tile touches
   bool whole;
+  int32_t tiles(int32_t phase) const { return phase + 1 < phases ? first : last; }
 };
 
 // The next phase of a job is listed once `lookahead` bytes of other tiles stand between, so that
@@ -40,9 +42,8 @@ inline std::vector<Tile> order_tiles(const std::vector<JobShape>& jobs, int64_t 
   int64_t listed = 0;
   const auto list_phase = [&](int32_t job, int32_t phase) {
     const JobShape& shape = jobs[job];
-    for (int32_t i = 0; i < shape.tiles[phase]; ++i) order.push_back({job, phase, i});
-    if (phase + 1 < int32_t(shape.tiles.size()))
-      pending.push_back({job, phase + 1, listed + lookahead});
+    for (int32_t i = 0; i < shape.tiles(phase); ++i) order.push_back({job, phase, i});
+    if (phase + 1 < shape.phases) pending.push_back({job, phase + 1, listed + lookahead});
   };
   const auto drain = [&](bool all) {
     while (!pending.empty() && (all || pending.front().ready_at <= listed)) {
@@ -58,12 +59,12 @@ inline std::vector<Tile> order_tiles(const std::vector<JobShape>& jobs, int64_t 
       drain(false);
       continue;
     }
-    for (int32_t i = 0; i < jobs[job].tiles[0]; ++i) {
+    for (int32_t i = 0; i < jobs[job].tiles(0); ++i) {
       order.push_back({job, 0, i});
       listed += jobs[job].tile_bytes;
       drain(false);
     }
-    if (jobs[job].tiles.size() > 1) pending.push_back({job, 1, listed + lookahead});
+    if (jobs[job].phases > 1) pending.push_back({job, 1, listed + lookahead});
     drain(false);
   }
   drain(true);
@@ -82,7 +83,7 @@ void run_tiles(const std::vector<JobShape>& jobs, const std::vector<Tile>& order
     std::atomic<int32_t> finished{0};  // phases completed
   };
   std::unique_ptr<Progress[]> progress(new Progress[jobs.size()]);
-  for (size_t j = 0; j < jobs.size(); ++j) progress[j].remaining = jobs[j].tiles[0];
+  for (size_t j = 0; j < jobs.size(); ++j) progress[j].remaining = jobs[j].tiles(0);
   std::atomic<int64_t> ticket{0};
 
   parallel(workers, [&](int64_t) {
@@ -90,8 +91,8 @@ void run_tiles(const std::vector<JobShape>& jobs, const std::vector<Tile>& order
       const Tile tile = order[t];
       const JobShape& shape = jobs[tile.job];
       if (tile.phase == kWholeJob) {
-        for (int32_t phase = 0; phase < int32_t(shape.tiles.size()); ++phase) {
-          for (int32_t i = 0; i < shape.tiles[phase]; ++i) run(tile.job, phase, i);
+        for (int32_t phase = 0; phase < shape.phases; ++phase) {
+          for (int32_t i = 0; i < shape.tiles(phase); ++i) run(tile.job, phase, i);
           finish(tile.job, phase);
         }
         continue;
@@ -102,8 +103,8 @@ void run_tiles(const std::vector<JobShape>& jobs, const std::vector<Tile>& order
       run(tile.job, tile.phase, tile.index);
       if (p.remaining.fetch_sub(1, std::memory_order_acq_rel) == 1) {
         finish(tile.job, tile.phase);
-        if (tile.phase + 1 < int32_t(shape.tiles.size()))
-          p.remaining.store(shape.tiles[tile.phase + 1], std::memory_order_relaxed);
+        if (tile.phase + 1 < shape.phases)
+          p.remaining.store(shape.tiles(tile.phase + 1), std::memory_order_relaxed);
         p.finished.store(tile.phase + 1, std::memory_order_release);
       }
     }
