@@ -10,6 +10,7 @@
 
 #include "checks.h"
 #include "cpu/layer.h"
+#include "cpu/pace.h"
 #include "cpu/recycler.h"
 #include "host.h"
 #include "verbs.h"
@@ -141,6 +142,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("take_like",
         [](const Tensors& like, at::ScalarType type) { return srn::take_like(like, type); });
   m.def("take_like", [](const Tensors& like) { return srn::take_like(like); });
+  py::class_<srn::Pace>(m, "Pace")  // for tests
+      .def(py::init<>())
+      .def("parallel", &srn::Pace::parallel)
+      .def("took", &srn::Pace::took);
   srn::define_host(m);
   m.def("empty_recycler", &srn::empty_recycler);
   m.def("instruction_set", [] { return std::string(srn::kernels().isa); });

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "layer.h"
+#include "pace.h"
 
 namespace srn {
 
@@ -22,6 +23,8 @@ struct AnyJob {
     wide ? f(f64) : f(f32);
   }
 };
+
+constexpr int64_t kSteadyBytes = 64 << 20;  // rounds beyond this take all threads
 
 // whole_bytes: a layer that touches up to so many is one tile of one thread.
 // worker_bytes: that a thread must find to be worth waking.
@@ -53,13 +56,19 @@ void run_jobs(std::vector<Layer>& layers, int64_t whole_bytes, int64_t worker_by
       total += bytes;
     });
   }
-  const int64_t workers = std::max<int64_t>(1, std::min(threads, total / worker_bytes));
+  int64_t workers = std::max<int64_t>(1, std::min(threads, total / worker_bytes));
+  static Paces* const paces = new Paces;  // of this verb; never destroyed
+  const Paces::Kind kind{int64_t(layers.size()), total, workers};
+  const bool learns = workers > 1 && total < kSteadyBytes;
+  if (learns && !paces->parallel(kind)) workers = 1;
+  const Stopwatch watch;
   run_tiles(
       shapes, order_tiles(shapes, workers == 1 ? 0 : lookahead * workers), workers, parallel,
       [&](int32_t j, int32_t phase, int32_t index) {
         jobs[j].visit([&](auto& job) { run(job, phase, index); });
       },
       [&](int32_t j, int32_t phase) { jobs[j].visit([&](auto& job) { finish(job, phase); }); });
+  if (learns) paces->took(kind, watch.seconds());
 }
 
 }  // namespace srn
