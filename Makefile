@@ -14,7 +14,7 @@
 #                     environment of its own, .venv-cuda; needs no GPU
 # make dist   source distribution and wheel, checked, into dist/; on Linux with the manylinux tag that
 #             the compiler allows; torch's libraries stay torch's
-# make bench  the CPU benchmark suite, 10 minutes; BENCH_ARGS=--quick for a minute, --save to keep rows
+# make bench  the CPU benchmark suite, a quarter of an hour; BENCH_ARGS=--quick for a minute, --save to keep rows
 # make docs   the documentation site, into OUT/docs; a warning is an error. DOCS_ARGS="-b linkcheck"
 #             asks for every external link
 #

@@ -17,7 +17,7 @@ from benchmarks.arguments import Folder, Names, Save, Threads, use_threads
 from benchmarks.cases import workloads
 from benchmarks.cases.providers import PROVIDERS
 from benchmarks.gpu import commands as gpu
-from benchmarks.measure import groups, growth, linalg, options, store, suite
+from benchmarks.measure import busy, groups, growth, linalg, options, store, suite
 from benchmarks.report import documents, picture, tables
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
@@ -141,10 +141,32 @@ def grow(
         _warn_of_load(base.load)
 
 
+@app.command("busy")
+def busy_command(
+    workload: Annotated[Names, typer.Option(help="Name, part (gpt2_xl/8) or 64x512x256.")] = None,
+    repeats: Annotated[int, typer.Option(min=1)] = 40,
+    budget: Annotated[float, typer.Option(help="Seconds for a provider in a case.")] = 5.0,
+    save: Save = False,
+    folder: Folder = store.RESULTS,
+) -> None:
+    """Measure beside other processes that want the same cores: minutes, most of them torch's."""
+    wanted = replace(suite.Options(), repeats=repeats, budget=budget)
+    names, base, rows = workload or list(busy.WORKLOADS), store.environment(), []
+    with _watched(busy.count_steps(names, wanted)) as watcher:
+        for found in busy.run(names, wanted, base, watcher):
+            rows += found
+            if save:
+                store.append(found, folder / store.BUSY)
+        console.print(tables.busy(rows).rich())
+        _warn_of_load(base.load)
+
+
 @app.command()
 def table(folder: Folder = store.RESULTS) -> None:
     """All tables of the last runs, in Markdown."""
     typer.echo(documents.markdown(store.published(store.load(folder))))
+    for grid in tables.curves(store.of_last_runs(store.load(folder, store.CURVES))):
+        typer.echo("\n" + grid.markdown())
 
 
 @app.command()
@@ -156,15 +178,17 @@ def publish(
     """Bring README.md, docs/benchmarks.md and their pictures to what the store says."""
     everything = store.load(folder)
     rows = store.published(everything)
-    grown = store.of_last_runs(store.load(folder, store.CURVES))
+    grown, beside = (
+        store.of_last_runs(store.load(folder, name)) for name in (store.CURVES, store.BUSY)
+    )
     wrong = []
-    blocks = documents.blocks(rows, grown, store.repeated(everything))
-    for name, block in blocks.items():
+    blocks = documents.blocks(rows, grown, store.repeated(everything), beside)
+    for (page, name), block in blocks.items():
         try:
-            if difference := documents.difference(root / name, block):
+            if difference := documents.difference(root / page, block, name):
                 wrong.append(difference)
                 if not check:
-                    documents.write(root / name, block)
+                    documents.write(root / page, block, name)
         except (OSError, ValueError) as error:
             raise typer.BadParameter(str(error)) from error
     image, drawn = root / documents.PICTURE, picture.savings(rows)
@@ -178,7 +202,7 @@ def publish(
         raise typer.Exit(1 if wrong else 0)
     from benchmarks.report import plots
 
-    plots.draw_all(rows, grown, root / "docs")
+    plots.draw_all(rows, grown, beside, root / "docs")
     console.print("the documents and pictures are those of the store")
 
 

@@ -16,7 +16,7 @@ import torch
 
 import srn_kernels
 from benchmarks.cases.workloads import CORE
-from benchmarks.measure.timing import Spread
+from benchmarks.measure.timing import Interval, Spread
 from srn_kernels.backends import cpu
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ HOME = Path(__file__).parents[1]
 ROOT = HOME.parent
 RESULTS = HOME / "results"
 ROUNDS, CURVES = "cpu.jsonl", "cpu_growth.jsonl"  # rounds and steps; growth.py's curves
+BUSY = "cpu_busy.jsonl"  # beside other processes
 # What a measurement depends on; results and documents do not count.
 SOURCES = ("srn_kernels", "csrc", "setup.py", "benchmarks", ":!benchmarks/results")
 
@@ -50,10 +51,17 @@ class Measured:
     p80: float = 0.0
     repeats: int = 0
     bytes: int = 0
+    low: float | None = None  # 95 % interval of the median, where one was asked for
+    high: float | None = None
 
     def with_result(self, metric: str, result: Spread, scale: float = 1.0) -> Self:
         p20, p50, p80 = (float(f"{scale * x:.6g}") for x in result[:3])
         return replace(self, metric=metric, p20=p20, p50=p50, p80=p80, repeats=result.repeats)
+
+    def with_interval(self, metric: str, result: Interval, scale: float = 1.0) -> Self:
+        """:meth:`with_result`, with the 95 % interval of the median."""
+        low, high = (float(f"{scale * x:.6g}") for x in (result.low, result.high))
+        return replace(self.with_result(metric, result.spread, scale), low=low, high=high)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,18 +74,19 @@ class Row(Measured):
     instruction_set: str
     load: float
     n_power_iterations: int = 1
+    busy: str = ""  # who else wants the cores, a key of busy.CASES; empty: nobody
 
     @property
     def machine(self) -> tuple[str, int, int, str]:
         return self.cpu, self.cores, self.threads, self.instruction_set
 
     @property
-    def place(self) -> tuple[str, str, int]:
+    def place(self) -> tuple[str, str, int, str]:
         """What is compared with one another: the cells of one column of a table."""
-        return self.workload, self.mode, self.n_power_iterations
+        return self.workload, self.mode, self.n_power_iterations, self.busy
 
     @property
-    def subject(self) -> tuple[tuple[str, str, int], str, float | None, str]:
+    def subject(self) -> tuple[tuple[str, str, int, str], str, float | None, str]:
         return self.place, self.provider, self.rank_ratio, self.metric
 
 

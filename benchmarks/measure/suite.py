@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 from benchmarks.cases import steps, workloads
 from benchmarks.cases.providers import KERNELS, MODES, PROVIDERS, Provider, Runner
 from benchmarks.cases.workloads import Problem, Workload
-from benchmarks.measure import counting, memory
+from benchmarks.measure import counting, memory, spent
 from benchmarks.measure.oracle import WrongResult, check_runner, make_oracle
 from benchmarks.measure.store import Row
-from benchmarks.measure.timing import Body, Samples, Spread, measure, spread
+from benchmarks.measure.timing import Samples, Spread, measure, spread
 
 Key = tuple[str, float | None]  # provider, rank ratio
 
@@ -68,20 +68,15 @@ def _speedup(time: float, base: float) -> float:
     return base / time
 
 
-def _share(time: float, base: float) -> float:
-    return 100 * (time - base) / time
-
-
 def _added_ms(time: float, base: float) -> float:
     return 1e3 * (time - base)
 
 
-def comparisons(key: Key, mode: str) -> list[tuple[str, Key, Callable[[float, float], float]]]:
+def comparisons(key: Key) -> list[tuple[str, Key, Callable[[float, float], float]]]:
     """(metric, base, function of both times) of one candidate."""
     _, ratio = key
-    share = ("share_of_step_percent", _share) if mode == STEP else ("added_ms", _added_ms)
     return [
-        (share[0], ("plain", None), share[1]),
+        ("added_ms", ("plain", None), _added_ms),
         ("time_over_copy_x", ("copy", None), _over),
         ("time_over_kernels_x", (KERNELS, ratio), _over),
         ("speedup_over_torch_sn_x", ("torch_sn", 1.0), _speedup),
@@ -96,7 +91,7 @@ def make_rows(samples: Samples[Key], base: Row) -> list[Row]:
     for key in samples:
         row = replace(base, provider=key[0], rank_ratio=key[1])
         rows.append(row.with_result("time_ms", samples.spread(key), 1e3))
-        for metric, other, function in comparisons(key, base.mode):
+        for metric, other, function in comparisons(key):
             if other != key and (result := samples.paired(key, other, function)):
                 rows.append(row.with_result(metric, result))
     return rows
@@ -221,11 +216,11 @@ def has_step(name: str, options: Options) -> bool:
 
 
 def run_step(workload: Workload, options: Options, base: Row, watcher: Watcher) -> list[Row]:
-    """The training step of the workload's discriminator: plain, and with each normalisation."""
+    """The training step of the workload's model: plain, and with each spectral normalisation."""
     if STEP not in options.modes or not has_step(workload.name, options):
         return []
     keys: list[Key] = [("plain", None)]
-    for declared, ratio in options.wanted(workload):
+    for declared, ratio in replace(options, rank_ratios=(1.0,)).wanted(workload):
         if (
             declared.name != "plain"
             and declared.name in steps.STEP_PROVIDERS
@@ -235,17 +230,29 @@ def run_step(workload: Workload, options: Options, base: Row, watcher: Watcher) 
     if len(keys) == 1:
         return []
     watcher.say(f"{workload.name}: {STEP}")
-    samples: Samples[Key] = measure(
-        {key: Body(steps.make_step(steps.MODELS[workload.name], steps.How(*key))) for key in keys},
-        repeats=options.repeats,
-        budget=options.budget,
-        step=watcher.advance,
-    )
-    return make_rows(samples, replace(base, workload=workload.name, mode=STEP))
+    made = {key: steps.make_step(steps.MODELS[workload.name], steps.How(*key)) for key in keys}
+    plain = made.pop(keys[0])
+    candidates = {key: (step, key[0]) for key, step in made.items()}
+    count = spent.STEPS if steps.MODELS[workload.name].long else max(spent.STEPS, options.repeats)
+    samples, costs = spent.measure(plain, keys[0], candidates, count, advance=watcher.advance)
+    base = replace(base, workload=workload.name, mode=STEP)
+    rows = [
+        row
+        for row in make_rows(samples, base)
+        if row.metric in ("time_ms", "speedup_over_torch_sn_x")
+    ]
+    for key, cost in costs.items():
+        row = replace(base, provider=key[0], rank_ratio=key[1])
+        rows += [
+            row.with_interval("spent_ms", cost.summed, 1e3),
+            row.with_interval("spent_percent", cost.share),
+            row.with_interval("difference_ms", cost.difference, 1e3),
+        ]
+    return rows
 
 
 def count_steps(names: Sequence[str], options: Options) -> int:
     """How often a run will call ``Watcher.advance``."""
     matrices = sum(mode in MODES for mode in options.modes)
     whole = sum(has_step(name, options) for name in names) if STEP in options.modes else 0
-    return options.repeats * (matrices * len(names) + whole)
+    return options.repeats * matrices * len(names) + whole * max(spent.STEPS, options.repeats)

@@ -38,6 +38,28 @@ def spread(values: Sequence[float]) -> Spread:
     return Spread(tenths[1], tenths[4], tenths[7], len(values))
 
 
+class Interval(NamedTuple):
+    """A median, and the 95 % interval that order statistics give it."""
+
+    low: float
+    median: float
+    high: float
+    spread: Spread
+
+
+def interval(values: Sequence[float]) -> Interval:
+    """ValueError for fewer than 20 values."""
+    n = len(values)
+    if n < 20:
+        raise ValueError(f"an interval needs 20 values, got {n}")
+    ordered = sorted(values)
+    # Normal approximation of the binomial, rounded outwards.
+    reach = 0.98 * n**0.5
+    low = max(0, int(n / 2 - reach - 0.5))
+    found = spread(values)
+    return Interval(ordered[low], found.p50, ordered[n - 1 - low], found)
+
+
 class Samples(dict[Key, list[float | None]]):
     """Seconds of every candidate in every repeat; None where it sat the repeat out."""
 

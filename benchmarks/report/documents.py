@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.measure import groups
@@ -11,43 +12,87 @@ from benchmarks.measure.store import ROOT, Row
 from benchmarks.report import tables
 
 MAIN = "benchmarks"  # the block of most documents
+NOTHING = "No measurement is stored yet."
 PICTURE = "docs/savings.svg"  # the README's
 COMMAND = "make bench BENCH_ARGS=--save && python -m benchmarks publish"
+BUSY_COMMAND = "python -m benchmarks busy --save && python -m benchmarks publish"
 GROUPS = ROOT / "docs" / "distributed.md"
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """All tables, as they belong between the markers."""
+    """All tables of rounds and steps, as ``python -m benchmarks table`` shows them."""
     if not rows:
-        return "No measurement is stored yet."
+        return NOTHING
     parts = [grid.markdown() for grid in tables.grids(rows)]
     note = "Bold: the fastest that gives SN, or SRN. "
     return "\n\n".join([*parts, note + tables.caption(rows), f"Made by `{COMMAND}`."])
 
 
-def brief(rows: Sequence[Row]) -> str:
-    """The README's block: one table, and where its figures were measured."""
-    grid = tables.savings(rows)
+def _readme(rows: Sequence[Row], busy: Sequence[Row]) -> str:
+    grid = tables.savings(rows, busy)
     if not grid.lines:
-        return "No measurement is stored yet."
+        return NOTHING
     chosen = [r for r in rows if r.workload in tables.BRIEF_WORKLOADS]
     return "\n\n".join([grid.markdown(), tables.caption(chosen), f"Made by `{COMMAND}`."])
 
 
+def _saves(rows: Sequence[Row], busy: Sequence[Row]) -> str:
+    if not rows:
+        return NOTHING
+    parts = []
+    for grid, source, made in (
+        (tables.step(rows), [r for r in rows if r.mode == "step"], COMMAND),
+        (tables.busy(busy), busy, BUSY_COMMAND),
+        (tables.brief(rows), [r for r in rows if r.mode == "forward_backward"], COMMAND),
+    ):
+        if grid.lines:
+            parts += [grid.markdown(), tables.caption(source), f"Made by `{made}`."]
+    return "\n\n".join(parts)
+
+
+def _peers(rows: Sequence[Row]) -> str:
+    grid, wins, places = tables.where_peers_win(rows)
+    if not places:
+        return NOTHING
+    said = f"In {wins} of {places} places (workload, mode, SN or a rank ratio) a peer is quicker"
+    if not wins:
+        return said + "."
+    shown = replace(grid, lines=grid.lines[:8])
+    more = f"; the {len(shown.lines)} widest are shown" if wins > len(shown.lines) else ""
+    return "\n\n".join([said + more + ".", shown.markdown(), f"Made by `{COMMAND}`."])
+
+
+def _curves(grown: Sequence[Row]) -> str:
+    if not grown:
+        return NOTHING
+    made = "Made by `python -m benchmarks grow --save && python -m benchmarks publish`."
+    return "\n\n".join([tables.caption(grown), made])
+
+
+def _repeatability(pairs: Sequence[tuple[Row, Row]]) -> str:
+    grid = tables.repeatability(pairs)
+    if not grid.lines:
+        return NOTHING
+    first, second = pairs[0]
+    runs = f"Commit {first.commit}, {first.date} and {second.date}."
+    return "\n\n".join([grid.markdown(), runs])
+
+
 def blocks(
-    rows: Sequence[Row], grown: Sequence[Row], pairs: Sequence[tuple[Row, Row]] = ()
-) -> dict[str, str]:
-    """What belongs between the markers of each document."""
-    full = markdown(rows)
-    if (twice := tables.repeatability(pairs)).lines:
-        first, second = pairs[0]
-        runs = f"Commit {first.commit}, {first.date} and {second.date}."
-        full = "\n\n".join([full, twice.markdown(), runs])
-    if grown:
-        parts = [grid.markdown() for grid in tables.curves(grown)]
-        made = "Made by `python -m benchmarks grow --save && python -m benchmarks publish`."
-        full = "\n\n".join([full, *parts, tables.caption(grown), made])
-    return {"README.md": brief(rows), "docs/benchmarks.md": full}
+    rows: Sequence[Row],
+    grown: Sequence[Row],
+    pairs: Sequence[tuple[Row, Row]] = (),
+    busy: Sequence[Row] = (),
+) -> dict[tuple[str, str], str]:
+    """What belongs into each document between the markers of each name."""
+    page = "docs/benchmarks.md"
+    return {
+        ("README.md", MAIN): _readme(rows, busy),
+        (page, "saves"): _saves(rows, busy),
+        (page, "peers"): _peers(rows),
+        (page, "curves"): _curves(grown),
+        (page, "repeatability"): _repeatability(pairs),
+    }
 
 
 def markers(name: str) -> tuple[str, str]:

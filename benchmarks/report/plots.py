@@ -15,6 +15,9 @@ from matplotlib.figure import Figure
 
 from benchmarks.cases.providers import PROVIDERS
 from benchmarks.cases.workloads import CORE
+from benchmarks.measure.busy import CASES
+from benchmarks.measure.busy import PROVIDERS as BUSY_PROVIDERS
+from benchmarks.measure.busy import WORKLOADS as BUSY_WORKLOADS
 from benchmarks.measure.growth import CURVES, matches
 from benchmarks.measure.growth import PROVIDERS as GROWING
 from benchmarks.measure.store import Row
@@ -70,7 +73,7 @@ def _save(figure: Figure, path: Path) -> None:
 
 
 def overhead(rows: Sequence[Row], path: Path) -> None:
-    """Multiples of the copy, forward and backward, and each normalisation's share of a step."""
+    """Multiples of the copy, forward and backward."""
     floors = [
         r
         for r in rows
@@ -80,27 +83,48 @@ def overhead(rows: Sequence[Row], path: Path) -> None:
         and r.provider in BRIEF_PROVIDERS
         and r.workload in BRIEF_WORKLOADS
     ]
-    shares = [
-        r for r in rows if r.metric == "share_of_step_percent" and r.workload in BRIEF_WORKLOADS
-    ]
     if not floors:
         raise ValueError("the store holds no measurement to plot")
-    panels = 2 if shares else 1
-    figure, axes = plt.subplots(
-        1, panels, figsize=(7 * panels, 4.4), squeeze=False, layout="constrained"
-    )
-    left = axes[0, 0]
-    _bars(left, floors, "time / copy of the same bytes")
-    left.set_yscale("log")
-    left.set_yticks([1, 2, 5, 10, 20, 50], ["1", "2", "5", "10", "20", "50"])
-    left.axhline(1, color="black", linewidth=0.8, linestyle=":")
-    left.set_title("Forward and backward of all weights (dotted: the floor)")
-    if shares:
-        _bars(axes[0, 1], shares, "% of the training step")
-        axes[0, 1].axhline(0, color="black", linewidth=0.8)
-        axes[0, 1].set_title("Share of the whole training step")
-    handles, labels = left.get_legend_handles_labels()
+    figure, axes = plt.subplots(figsize=(9, 4.4), layout="constrained")
+    _bars(axes, floors, "times the copy of the same bytes")
+    axes.set_yscale("log")
+    axes.set_yticks([1, 2, 5, 10, 20, 50], ["1", "2", "5", "10", "20", "50"])
+    axes.axhline(1, color="black", linewidth=0.8, linestyle=":")
+    axes.set_title("Forward and backward of all weights (dotted: the floor)")
+    handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=9, frameon=False)
+    _save(figure, path)
+
+
+def busy(rows: Sequence[Row], path: Path) -> None:
+    """Mean times beside busy processes, and beside a loader; lines are named at their end."""
+    means = [r for r in rows if r.metric == "mean_ms"]
+    names = [n for n in BUSY_WORKLOADS if any(r.workload == n for r in means)]
+    if not names:
+        raise ValueError("the store holds no measurement to plot")
+    figure, axes = plt.subplots(
+        1, len(names), figsize=(3.6 * len(names) + 1, 3.6), squeeze=False, layout="constrained"
+    )
+    for ax, name in zip(axes[0], names, strict=True):
+        for provider in BUSY_PROVIDERS:
+            found = {r.busy: r.p50 for r in means if (r.workload, r.provider) == (name, provider)}
+            at = [i for i, case in enumerate(CASES) if case in found]
+            shown = [found[case] for case in CASES if case in found]
+            ax.plot(at, shown, "o-", color=COLOURS[provider])
+            if ax is axes[0][-1] and shown:
+                title = provider_title((provider, 1.0))
+                ax.annotate(
+                    f" {title}",
+                    (at[-1], shown[-1]),
+                    color=COLOURS[provider],
+                    va="center",
+                    fontsize=9,
+                )
+        ax.set_xticks(range(len(CASES)), ["quiet", "1 a core", "2 a core", "loader"], fontsize=9)
+        ax.set_yscale("log")
+        ax.set_title(BRIEF_WORKLOADS.get(name, name), fontsize=10)
+        ax.spines[["top", "right"]].set_visible(False)
+    axes[0][0].set_ylabel("mean ms, forward and backward")
     _save(figure, path)
 
 
@@ -134,9 +158,13 @@ def growth(rows: Sequence[Row], path: Path) -> None:
     _save(figure, path)
 
 
-def draw_all(rows: Sequence[Row], grown: Sequence[Row], folder: Path) -> None:
+def draw_all(
+    rows: Sequence[Row], grown: Sequence[Row], beside: Sequence[Row], folder: Path
+) -> None:
     """Every picture that the documents show and the store has rows for."""
     if rows:
         overhead(rows, folder / "overhead.png")
     if grown:
         growth(grown, folder / "growth.png")
+    if beside:
+        busy(beside, folder / "busy.png")

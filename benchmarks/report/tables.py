@@ -12,6 +12,9 @@ from tabulate import tabulate
 from benchmarks.cases import workloads
 from benchmarks.cases.providers import KERNELS, MODES, PROVIDERS
 from benchmarks.cases.workloads import CORE
+from benchmarks.measure.busy import CASES
+from benchmarks.measure.busy import PROVIDERS as BUSY_PROVIDERS
+from benchmarks.measure.busy import WORKLOADS as BUSY_WORKLOADS
 from benchmarks.measure.growth import CURVES, matches
 from benchmarks.measure.growth import PROVIDERS as GROWING
 from benchmarks.measure.store import Row, newest
@@ -40,6 +43,8 @@ BRIEF_PROVIDERS = (
     "layerwise",
     "module",
 )
+
+PEERS = ("torch_sn", "torch_sn_legacy", "torch_sn_compiled", "foreach", "layerwise")
 
 Line = tuple[str, float | None]  # provider, rank ratio
 
@@ -146,18 +151,87 @@ def _time_grid(mode: str, rows: Sequence[Row]) -> Grid:
     return _grid(f"{MODE_TITLES[mode]}: ms (multiples of the copy)", chosen, time)
 
 
-def _step_grid(rows: Sequence[Row]) -> Grid:
-    def step(metrics: dict[str, Row]) -> str | None:
-        if "time_ms" not in metrics:
-            return None
-        text = number(metrics["time_ms"].p50)
-        if "share_of_step_percent" in metrics:
-            share = metrics["share_of_step_percent"]
-            text += f" ({share.p50:.1f} %, {share.p20:.1f} to {share.p80:.1f})"
-        return text
+def _between(row: Row, digits: Callable[[float], str] = number) -> str:
+    """A median with its 95 % interval."""
+    return f"{digits(row.p50)} ({digits(row.low)} to {digits(row.high)})"
 
-    title = f"{MODE_TITLES['step']}: ms (share of normalisation, 20th to 80th percentile)"
-    return _grid(title, [r for r in rows if r.mode == "step"], step)
+
+def _difference(row: Row, summed: Row) -> str:
+    if row.low <= 0 <= row.high:
+        return f"not decided ({number(row.low)} to {number(row.high)})"
+    agree = row.low <= summed.high and summed.low <= row.high
+    return _between(row) + ("" if agree else " *")
+
+
+def step(rows: Sequence[Row]) -> Grid:
+    """A line a model and normalisation: the time summed within the step, and the difference."""
+    lines = []
+    for name in _ordered((r.workload for r in rows if r.metric == "spent_ms"), CORE):
+        here = [r for r in rows if r.workload == name and r.mode == "step"]
+        plain = find(here, name, provider="plain", metric="time_ms")
+        for line in _lines(r for r in here if r.metric == "spent_ms"):
+            fields = dict(zip(("provider", "rank_ratio"), line, strict=True))
+            spent, share, difference = (
+                find(here, name, **fields, metric=m)
+                for m in ("spent_ms", "spent_percent", "difference_ms")
+            )
+            found = (spent, share, difference, plain)
+            if None in found:
+                continue
+            cells = [number(plain.p50), _between(spent), _between(share)]
+            model = BRIEF_WORKLOADS.get(name, name)
+            lines.append([model, provider_title(line), *cells, _difference(difference, spent)])
+    header = [
+        "model",
+        "",
+        "plain step, ms",
+        "normalising, ms",
+        "% of the step",
+        "by difference, ms",
+    ]
+    title = f"{MODE_TITLES['step']}: what normalising takes (95 % interval of the median)"
+    return Grid(title, header, lines)
+
+
+def busy(rows: Sequence[Row]) -> Grid:
+    """Mean times beside other processes; a line a model and provider."""
+    lines = []
+    for name in _ordered((r.workload for r in rows), BUSY_WORKLOADS):
+        for provider in BUSY_PROVIDERS:
+            place = {"provider": provider, "rank_ratio": 1.0, "metric": "mean_ms"}
+            found = [find(rows, name, **place, busy=case) for case in CASES]
+            if any(found):
+                model = BRIEF_WORKLOADS.get(name, name)
+                title = provider_title((provider, 1.0))
+                lines.append([model, title, *(number(r.p50) if r else "" for r in found)])
+    return Grid(
+        "Forward and backward of all weights beside other processes: mean ms",
+        ["model", "", *CASES.values()],
+        lines,
+    )
+
+
+def where_peers_win(rows: Sequence[Row]) -> tuple[Grid, int, int]:
+    """Where the quickest peer takes less time than this library as people use it; of how many
+    places that has both."""
+    lines, places = [], 0
+    subjects = {(r.workload, r.mode, r.rank_ratio) for r in rows if r.rank_ratio is not None}
+    for name, mode, ratio in sorted(subjects):
+        place = {"mode": mode, "rank_ratio": ratio, "metric": "time_ms"}
+        ours = find(rows, name, **place, provider="module")
+        peers = [find(rows, name, **place, provider=p) for p in PEERS]
+        peers = [r for r in peers if r is not None]
+        if mode not in MODES or ours is None or not peers:
+            continue
+        places += 1
+        best = min(peers, key=lambda r: r.p50)
+        if best.p50 < ours.p50:
+            where = f"{name}, {MODE_TITLES[mode].lower()}"
+            title, over = provider_title((best.provider, ratio)), ours.p50 / best.p50
+            lines.append((over, [where, title, number(best.p50), number(ours.p50), f"{over:.2f}"]))
+    lines.sort(key=lambda line: -line[0])
+    header = ["", "peer", "ms", "here, ms", "times the peer"]
+    return Grid("Where a peer is quicker", header, [x for _, x in lines]), len(lines), places
 
 
 # Title after "Forward and backward: ", and metric.
@@ -210,7 +284,7 @@ def grids(rows: Sequence[Row]) -> list[Grid]:
         made.append(_grid(f"Forward and backward: {title}", chosen, _value(metric)))
         if metric == "host_ms":
             made.append(_host_grid(chosen))
-    made.append(_step_grid(rows))
+    made.append(step(rows))
     return [grid for grid in made if grid.lines]
 
 
@@ -220,24 +294,31 @@ def find(rows: Iterable[Row], workload: str, **fields: object) -> Row | None:
     return next((r for r in chosen if all(getattr(r, k) == v for k, v in fields.items())), None)
 
 
-def savings(rows: Sequence[Row]) -> Grid:
+def brief(rows: Sequence[Row]) -> Grid:
+    """The times of :func:`grids` that people ask for first: at most eight lines."""
+    chosen = [r for r in rows if r.provider in BRIEF_PROVIDERS and r.rank_ratio in (None, 1.0, 0.7)]
+    return _time_grid("forward_backward", chosen)
+
+
+def savings(rows: Sequence[Row], busy_rows: Sequence[Row] = ()) -> Grid:
     """What a reader of the README wants to know: a line a model, a blank where nothing is known."""
 
     def times(row: Row | None) -> str:
         return f"{row.p50:.1f}" if row else ""
 
     def share(row: Row | None) -> str:
-        return f"{row.p50:.0f} % ({row.p20:.0f} to {row.p80:.0f})" if row else ""
+        return f"{row.p50:.1f} %" if row else ""
 
     lines = []
     for name, title in BRIEF_WORKLOADS.items():
         weights = workloads.find(name)
         size = f"{len(weights.shapes)} layers, {weights.parameters * 4 / 1e6:.0f} MB"
-        both = {"provider": "module", "mode": "forward_backward"}
-        step = {"rank_ratio": 1.0, "mode": "step", "metric": "share_of_step_percent"}
+        ours = {"provider": "module", "mode": "forward_backward", "rank_ratio": 1.0}
+        step = {"rank_ratio": 1.0, "mode": "step", "metric": "spent_percent"}
+        over = "speedup_of_means_over_torch_sn_x"
         cells = [
-            times(find(rows, name, **both, rank_ratio=1.0, metric="speedup_over_torch_sn_x")),
-            times(find(rows, name, **both, rank_ratio=0.7, metric="speedup_over_layerwise_x")),
+            times(find(rows, name, **ours, metric="speedup_over_torch_sn_x")),
+            times(find(busy_rows, name, **ours, busy="1", metric=over)),
             share(find(rows, name, **step, provider="torch_sn")),
             share(find(rows, name, **step, provider="module")),
         ]
@@ -246,10 +327,10 @@ def savings(rows: Sequence[Row]) -> Grid:
     header = [
         "model",
         "weights",
-        "SN: times faster than torch's",
-        "SRN: than layer by layer",
-        "torch's SN, of a training step",
-        "SN here, of a training step",
+        "times faster than torch's SN",
+        "beside a busy process a core",
+        "torch's SN takes of a training step",
+        "SN here takes",
     ]
     return Grid("What it saves", header, lines)
 
@@ -286,7 +367,7 @@ def caption(rows: Sequence[Row]) -> str:
         places.setdefault(place, []).append(row)
     lines = []
     for (cpu, cores, threads, isa, torch, python, commit, date), group in places.items():
-        times = [r.repeats for r in group if r.metric == "time_ms"]
+        times = [r.repeats for r in group if r.metric == "time_ms"] or [0]
         lines.append(
             f"{cpu}, {cores} cores, {threads} threads, {isa}; torch {torch}, Python {python}; "
             f"commit {commit}, {date}; medians of {min(times)} to {max(times)} paired repeats."

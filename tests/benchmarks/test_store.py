@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from benchmarks.cases import workloads
 from benchmarks.commands import app
-from benchmarks.measure import groups, store, suite, timing
+from benchmarks.measure import busy, groups, store, suite, timing
 from benchmarks.report import documents, picture, plots, tables
 
 
@@ -54,8 +54,12 @@ def test_publish_writes_and_check_detects_a_difference(tmp_path):
     store.append([*rows, make_row(provider="torch_sn")], results / store.ROUNDS)
     (tmp_path / "docs").mkdir()
     readme, full = tmp_path / "README.md", tmp_path / "docs" / "benchmarks.md"
-    for document in (readme, full):
-        document.write_text("\n".join(["before", *documents.markers(documents.MAIN), "after\n"]))
+    for document, names in (
+        (readme, [documents.MAIN]),
+        (full, ["saves", "curves", "peers", "repeatability"]),
+    ):
+        inner = [line for name in names for line in documents.markers(name)]
+        document.write_text("\n".join(["before", *inner, "after\n"]))
     arguments = ["publish", "--store", str(results), "--root", str(tmp_path)]
     assert cli.invoke(app, [*arguments, "--check"]).exit_code == 1
     assert cli.invoke(app, arguments).exit_code == 0
@@ -118,7 +122,9 @@ def test_the_cost_of_groups_is_that_of_the_store():
 
 
 def test_stored_rows_have_a_commit_and_known_workloads():
-    rows = store.load() + store.load(name=store.CURVES)
+    rows = [
+        row for name in (store.ROUNDS, store.CURVES, store.BUSY) for row in store.load(name=name)
+    ]
     assert rows
     for row in rows:
         assert row.commit != "unknown"
@@ -189,19 +195,73 @@ def test_the_picture_draws_an_operator_a_square_and_bars_to_scale():
 
 
 def test_plot(tmp_path):
-    rows = [make_row(metric="time_over_copy_x"), make_row(metric="share_of_step_percent")]
+    rows = [make_row(metric="time_over_copy_x")]
     plots.overhead(rows, tmp_path / "overhead.png")
     assert (tmp_path / "overhead.png").stat().st_size > 0
     with pytest.raises(ValueError, match="no measurement"):
         plots.overhead([], tmp_path / "none.png")
+    beside = [
+        make_row(workload=busy.WORKLOADS[0], metric="mean_ms", busy=case, provider=name)
+        for case in busy.CASES
+        for name in busy.PROVIDERS
+    ]
+    plots.busy(beside, tmp_path / "busy.png")
+    assert (tmp_path / "busy.png").stat().st_size > 0
+    with pytest.raises(ValueError, match="no measurement"):
+        plots.busy([], tmp_path / "none.png")
+
+
+def test_what_normalising_adds_to_a_round():
+    samples = timing.Samples({("plain", None): [1.0, 1.0], ("module", 1.0): [4.0, 4.0]})
+    (row,) = [r for r in suite.make_rows(samples, make_row()) if r.metric == "added_ms"]
+    assert (row.provider, row.p50) == ("module", 3000.0)
+
+
+def step_rows(difference: tuple[float, float, float]) -> list[store.Row]:
+    low, middle, high = difference
+    place = {"workload": "densenet40_k12", "mode": "step"}
+    return [
+        make_row(**place, provider="plain", rank_ratio=None, p50=200.0),
+        make_row(**place, metric="spent_ms", p50=2.0, low=1.9, high=2.1),
+        make_row(**place, metric="spent_percent", p50=1.0, low=0.9, high=1.1),
+        make_row(**place, metric="difference_ms", p50=middle, low=low, high=high),
+    ]
 
 
 @pytest.mark.parametrize(
-    ("mode", "metric", "value"),
-    [("forward", "added_ms", 3000.0), ("step", "share_of_step_percent", 75.0)],
+    ("difference", "said"),
+    [
+        ((-1.0, 2.0, 5.0), "not decided (-1.00 to 5.00)"),
+        ((1.0, 2.0, 3.0), "2.00 (1.00 to 3.00)"),
+        ((4.0, 5.0, 6.0), "5.00 (4.00 to 6.00) *"),
+    ],
 )
-def test_what_normalising_adds_is_a_time_in_a_round_and_a_share_of_a_step(mode, metric, value):
-    samples = timing.Samples({("plain", None): [1.0, 1.0], ("module", 1.0): [4.0, 4.0]})
-    rows = suite.make_rows(samples, make_row(mode=mode))
-    (row,) = [r for r in rows if r.metric in ("added_ms", "share_of_step_percent")]
-    assert (row.provider, row.metric, row.p50) == ("module", metric, value)
+def test_a_share_has_an_interval_or_is_not_decided(difference, said):
+    (line,) = tables.step(step_rows(difference)).lines
+    assert line[2:] == ["200", "2.00 (1.90 to 2.10)", "1.00 (0.900 to 1.10)", said]
+
+
+def test_where_a_peer_is_quicker_is_told():
+    rows = [
+        make_row(p50=2.0),
+        make_row(provider="foreach", p50=1.0),
+        make_row(provider="torch_sn", p50=1.5),
+        make_row(mode="forward", p50=1.0),
+        make_row(mode="forward", provider="torch_sn", p50=3.0),
+        make_row(mode="backward", p50=1.0),
+    ]
+    grid, wins, places = tables.where_peers_win(rows)
+    assert (wins, places) == (1, 2)
+    assert grid.lines[0][1:] == ["spectral norm by hand, torch._foreach", "1.00", "2.00", "2.00"]
+
+
+def test_the_readme_shows_the_busy_machine_too():
+    name = "sngan_cifar_resnet_D"
+    rows = [make_row(workload=name, metric="speedup_over_torch_sn_x", p50=3.0)]
+    beside = [
+        make_row(workload=name, metric="speedup_of_means_over_torch_sn_x", p50=x, busy=case)
+        for case, x in (("0", 3.1), ("1", 40.0))
+    ]
+    (line,) = tables.savings(rows, beside).lines
+    assert line[2:] == ["3.0", "40.0", "", ""]
+    assert store.of_last_runs(beside) == beside
