@@ -233,8 +233,7 @@ def run_step(workload: Workload, options: Options, base: Row, watcher: Watcher) 
     made = {key: steps.make_step(steps.MODELS[workload.name], steps.How(*key)) for key in keys}
     plain = made.pop(keys[0])
     candidates = {key: (step, key[0]) for key, step in made.items()}
-    count = spent.STEPS if steps.MODELS[workload.name].long else max(spent.STEPS, options.repeats)
-    samples, costs = spent.measure(plain, keys[0], candidates, count, advance=watcher.advance)
+    samples, costs = spent.measure(plain, keys[0], candidates, advance=watcher.advance)
     base = replace(base, workload=workload.name, mode=STEP)
     rows = [
         row
@@ -255,4 +254,4 @@ def count_steps(names: Sequence[str], options: Options) -> int:
     """How often a run will call ``Watcher.advance``."""
     matrices = sum(mode in MODES for mode in options.modes)
     whole = sum(has_step(name, options) for name in names) if STEP in options.modes else 0
-    return options.repeats * matrices * len(names) + whole * max(spent.STEPS, options.repeats)
+    return options.repeats * matrices * len(names) + whole * spent.STEPS

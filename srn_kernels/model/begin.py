@@ -84,6 +84,14 @@ def called(root: object) -> nn.Module | None:
     return stack[-1].module if stack and stack[-1].root is root else None
 
 
+def is_shared(shadow: Shadow) -> bool:
+    """Whether the innermost call on this thread has found this shared W_hat to serve it."""
+    stack = _leases.stack
+    return (
+        bool(stack) and shadow in stack[-1].shared and stack[-1].graphed == torch.is_grad_enabled()
+    )
+
+
 def _join(lease: Lease, module: nn.Module, entries: Sequence[NormalizedWeight]) -> None:
     """What a call does about W_hat that others have made visible."""
     me = threading.get_ident()
@@ -93,8 +101,9 @@ def _join(lease: Lease, module: nn.Module, entries: Sequence[NormalizedWeight]) 
             continue
         if shadow.root is lease.root and not shadow.shared and not _is_running(module):
             _discard(shadow)
-        elif shadow.shared and (shadow.lacks_graph() or shadow.is_outdated()):
+        elif shadow.shared and not shadow.serves([e for e in entries if e.shadow is shadow]):
             fill(shadow)
+    lease.shared = [s for s in found if s.shared and s.thread == me]
     others = [s for s in found if s.thread != me and s.users > 0]
     if not others:
         return

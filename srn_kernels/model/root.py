@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import nn
 
 from srn_kernels.model import compiled, hooks, recompute
-from srn_kernels.model.begin import begin, called, end, share, unshare
+from srn_kernels.model.begin import begin, called, end, is_shared, share, unshare
 from srn_kernels.model.freshness import is_split
 from srn_kernels.model.refuse import Named, refuse_script
 from srn_kernels.model.weight import KEY, NormalizedWeight, Owner
@@ -233,7 +233,7 @@ def _is_served(module: nn.Module) -> bool:
     """Whether a call of a layer finds the W_hat of a round around it."""
     for entry in module.__dict__.get(KEY, {}).values():
         shadow = entry.shadow
-        if shadow is None or shadow.shared or shadow.root is module:
+        if shadow is None or shadow.root is module or (shadow.shared and not is_shared(shadow)):
             return False
         if shadow.thread != threading.get_ident():
             return False

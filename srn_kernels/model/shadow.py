@@ -62,11 +62,13 @@ class Shadow:
         self.shared = False
         self.groups = groups  # consecutive parts, each with a node of its own
         self.outs: Sequence[Tensor] = ()
-        self.versions: list[int] = []
+        self.shown: dict[int, tuple[Tensor, int]] = {}  # shared: W_hat and version, by id of entry
 
     def install(self, outs: Sequence[Tensor]) -> None:
         self.outs = outs
-        self.versions = [e.written() for e in self.entries] if self.shared else []
+        if self.shared:
+            pairs = zip(self.entries, outs, strict=True)
+            self.shown = {id(e): (out, e.written()) for e, out in pairs}
         try:
             for entry in self.entries:
                 entry.shadow = self
@@ -84,9 +86,17 @@ class Shadow:
             for e, out in zip(self.entries, self.outs, strict=True)
         )
 
-    def is_outdated(self) -> bool:
-        """Whether a weight was written since."""
-        return any(e.written() != v for e, v in zip(self.entries, self.versions, strict=True))
+    def serves(self, entries: Sequence[NormalizedWeight]) -> bool:
+        """Whether this shared W_hat is that of these weights as they are now, with the gradients
+        that are wanted now."""
+        graphed = torch.is_grad_enabled()
+        for entry in entries:
+            out, version = self.shown[id(entry)]
+            if entry.written() != version:
+                return False
+            if graphed and entry.wants_gradient() and not out.requires_grad:
+                return False
+        return True
 
     def leave(self) -> list[NormalizedWeight]:
         """One user less; the last takes W_hat away. Returns the weights where it was gone."""
@@ -108,11 +118,13 @@ class Shadow:
 class Lease:
     """One call that is using W_hat: what it has to give back when it ends."""
 
-    __slots__ = ("held", "module", "pending", "root")
+    __slots__ = ("graphed", "held", "module", "pending", "root", "shared")
 
     def __init__(self, root: object, module: nn.Module | None = None) -> None:
         self.root, self.module = root, module  # whose round, and what was called
         self.held: list[Shadow] = []
+        self.shared: Sequence[Shadow] = ()  # W_hat of others that serves this call
+        self.graphed = torch.is_grad_enabled()
         self.pending: Sequence[NormalizedWeight] = ()
 
     def close(self) -> None:

@@ -11,6 +11,7 @@ from models import Discriminator, images, is_raw, plain_w_hat, same_state, sigma
 from torch import nn
 
 import srn_kernels as srn
+from srn_kernels.model.weight import NormalizedWeight
 
 
 def test_several_backwards_reach_one_round() -> None:
@@ -210,3 +211,57 @@ def test_data_parallel_is_refused() -> None:
     model._is_replica = True
     with pytest.raises(RuntimeError, match="DataParallel"):
         model(images())
+
+
+@pytest.mark.parametrize("through_root", [True, False])
+def test_a_shared_round_looks_at_each_layer_once_a_call(through_root, monkeypatch) -> None:
+    model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(20)))
+    srn.apply_stable_rank_norm(model, 0.7)
+    looks = []
+    written = NormalizedWeight.written
+    monkeypatch.setattr(NormalizedWeight, "written", lambda e: looks.append(e) or written(e))
+    x = torch.ones(1, 4)
+    with srn.shared_round(model):
+        looks.clear()
+        if through_root:
+            model(x)
+        else:
+            for layer in model:
+                x = layer(x)
+        assert len(looks) == 20
+
+
+def test_a_layer_that_was_written_since_gets_its_new_w_hat_in_a_shared_round() -> None:
+    model = srn.apply_stable_rank_norm(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), 0.7)
+    with srn.shared_round(model):
+        model(torch.ones(1, 4))
+        before = [layer.weight for layer in model]
+        with torch.no_grad():
+            model[1]._parameters["weight"].mul_(-1)
+        model[0](torch.ones(1, 4))
+        assert model[0].weight is before[0]  # its own has not changed
+        model[1](torch.ones(1, 4))
+        assert (model[1].weight * before[1]).sum() < 0
+    with torch.no_grad(), srn.shared_round(model):
+        model(torch.ones(1, 4))
+        assert not model[0].weight.requires_grad
+        with torch.enable_grad():
+            model[0](torch.ones(1, 4)).sum().backward()
+    assert model[0].weight.grad is not None
+
+
+def test_gradients_that_a_forward_turns_on_within_are_served_in_a_shared_round() -> None:
+    class Inner(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with torch.enable_grad():
+                return self.layer(x)
+
+    model = srn.apply_stable_rank_norm(Inner(), 0.7)
+    with torch.no_grad(), srn.shared_round(model):
+        out = model(torch.ones(1, 4))
+        out.backward(torch.ones_like(out))
+    assert model.layer.weight.grad is not None
