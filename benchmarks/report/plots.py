@@ -14,14 +14,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.cases.providers import PROVIDERS
-from benchmarks.cases.workloads import CORE
 from benchmarks.measure.busy import CASES
 from benchmarks.measure.busy import PROVIDERS as BUSY_PROVIDERS
 from benchmarks.measure.busy import WORKLOADS as BUSY_WORKLOADS
 from benchmarks.measure.growth import CURVES, matches
 from benchmarks.measure.growth import PROVIDERS as GROWING
 from benchmarks.measure.store import Row
-from benchmarks.report.tables import BRIEF_PROVIDERS, BRIEF_WORKLOADS, provider_title
+from benchmarks.report.tables import BRIEF_PROVIDERS, BRIEF_WORKLOADS, find, provider_title
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart; ours in the warm ones.
 COLOURS = {
@@ -34,36 +33,6 @@ COLOURS = {
     "functional": "#e69f00",
     "module": "#d55e00",
 }
-HATCHES = {1.0: "", 0.7: "//", 0.5: "xx"}
-
-
-def _bars(axes: Axes, rows: Sequence[Row], ylabel: str) -> None:
-    """Grouped bars: workloads across, providers side by side, whiskers from p20 to p80."""
-    workloads = [w for w in CORE if any(r.workload == w for r in rows)]
-    order = list(PROVIDERS)
-    lines = sorted(
-        {(r.provider, r.rank_ratio) for r in rows}, key=lambda x: (-x[1], order.index(x[0]))
-    )
-    width = 0.85 / max(1, len(lines))
-    for i, line in enumerate(lines):
-        place = {r.workload: r for r in rows if (r.provider, r.rank_ratio) == line}
-        at = [j + (i - (len(lines) - 1) / 2) * width for j, w in enumerate(workloads) if w in place]
-        shown = [place[w] for w in workloads if w in place]
-        axes.bar(
-            at,
-            [r.p50 for r in shown],
-            width,
-            yerr=[[r.p50 - r.p20 for r in shown], [r.p80 - r.p50 for r in shown]],
-            error_kw={"elinewidth": 0.7},
-            color=COLOURS.get(line[0], "#000000"),
-            hatch=HATCHES.get(line[1], ".."),
-            edgecolor="white",
-            linewidth=0.4,
-            label=provider_title(line),
-        )
-    axes.set_xticks(range(len(workloads)), [w.replace("_", " ") for w in workloads], fontsize=9)
-    axes.set_ylabel(ylabel)
-    axes.spines[["top", "right"]].set_visible(False)
 
 
 def _save(figure: Figure, path: Path) -> None:
@@ -72,8 +41,16 @@ def _save(figure: Figure, path: Path) -> None:
     plt.close(figure)
 
 
+def _name_line(axes: Axes, x: float, y: float, provider: str) -> None:
+    """Writes whose line ends here."""
+    title = provider_title((provider, 1.0 if PROVIDERS[provider].spectral else None))
+    place = {"xytext": (6, 0), "textcoords": "offset points", "annotation_clip": False}
+    colour = COLOURS.get(provider, "black")
+    axes.annotate(title, (x, y), color=colour, va="center", fontsize=8, **place)
+
+
 def overhead(rows: Sequence[Row], path: Path) -> None:
-    """Multiples of the copy, forward and backward."""
+    """Multiples of the copy, forward and backward: a panel a model, a bar a provider."""
     floors = [
         r
         for r in rows
@@ -85,14 +62,43 @@ def overhead(rows: Sequence[Row], path: Path) -> None:
     ]
     if not floors:
         raise ValueError("the store holds no measurement to plot")
-    figure, axes = plt.subplots(figsize=(9, 4.4), layout="constrained")
-    _bars(axes, floors, "times the copy of the same bytes")
-    axes.set_yscale("log")
-    axes.set_yticks([1, 2, 5, 10, 20, 50], ["1", "2", "5", "10", "20", "50"])
-    axes.axhline(1, color="black", linewidth=0.8, linestyle=":")
-    axes.set_title("Forward and backward of all weights (dotted: the floor)")
-    handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=9, frameon=False)
+    order = list(PROVIDERS)
+    lines = sorted(
+        {(r.provider, r.rank_ratio) for r in floors}, key=lambda x: (-x[1], order.index(x[0]))
+    )
+    names = [n for n in BRIEF_WORKLOADS if any(r.workload == n for r in floors)]
+    figure, axes = plt.subplots(
+        1,
+        len(names),
+        figsize=(2.6 * len(names) + 2.6, 3.2),
+        squeeze=False,
+        sharey=True,
+        layout="constrained",
+    )
+    for ax, name in zip(axes[0], names, strict=True):
+        for y, line in enumerate(lines):
+            row = find(floors, name, provider=line[0], rank_ratio=line[1])
+            if row is not None:
+                whiskers = [[row.p50 - row.p20], [row.p80 - row.p50]]
+                ax.barh(
+                    y,
+                    row.p50 - 1,
+                    left=1,
+                    color=COLOURS[line[0]],
+                    xerr=whiskers,
+                    error_kw={"elinewidth": 0.7},
+                )
+                ax.text(row.p80 * 1.08, y, f"{row.p50:.1f}", va="center", fontsize=8)
+        ax.set_xscale("log")
+        ax.set_xlim(1, 1.8 * max(r.p80 for r in floors))
+        ax.set_xticks([1, 2, 5, 10, 20, 50], ["1", "2", "5", "10", "20", "50"], fontsize=8)
+        ax.set_title(BRIEF_WORKLOADS[name], fontsize=9)
+        ax.spines[["top", "right"]].set_visible(False)
+    axes[0][0].set_yticks(range(len(lines)), [provider_title(x) for x in lines], fontsize=9)
+    axes[0][0].invert_yaxis()
+    figure.supxlabel(
+        "times the copy of the same bytes, forward and backward of all weights", size=9
+    )
     _save(figure, path)
 
 
@@ -132,7 +138,7 @@ def growth(rows: Sequence[Row], path: Path) -> None:
     """Forward and backward against what growth.py varies, with bands from p20 to p80."""
     if not rows:
         raise ValueError("the store holds no measurement to plot")
-    figure, axes = plt.subplots(2, 2, figsize=(11, 8), layout="constrained")
+    figure, axes = plt.subplots(2, 2, figsize=(12, 8), layout="constrained")
     for ax, (title, points) in zip(axes.flat, CURVES.items(), strict=True):
         for name in GROWING:
             found = {
@@ -142,19 +148,19 @@ def growth(rows: Sequence[Row], path: Path) -> None:
                 if matches(point, r) and r.provider == name and r.metric == "time_ms"
             }
             colour = COLOURS.get(name, "black")
-            label = provider_title((name, 1.0 if PROVIDERS[name].spectral else None))
             at = list(found)
-            ax.plot(at, [r.p50 for r in found.values()], "o-", color=colour, label=label)
+            ax.plot(at, [r.p50 for r in found.values()], "o-", color=colour)
             low, high = ([getattr(r, p) for r in found.values()] for p in ("p20", "p80"))
             ax.fill_between(at, low, high, color=colour, alpha=0.2, linewidth=0)
+            if found:
+                _name_line(ax, at[-1], found[at[-1]].p50, name)
         ax.set_xscale("log", base=2)
         ax.set_yscale("log")
+        ax.margins(x=0.3 if len(points) < 3 else 0.05)
         ax.set_xlabel(title)
         ax.set_ylabel("ms")
         ax.spines[["top", "right"]].set_visible(False)
-    handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.suptitle("Forward and backward of all weights")
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=9, frameon=False)
     _save(figure, path)
 
 
