@@ -16,6 +16,7 @@ import torch
 
 import srn_kernels
 from srn_kernels.backends import built
+from srn_kernels.backends.built import AGAIN
 
 PROJECT = next(p for p in Path(__file__).resolve().parents if (p / "setup.py").exists())
 ALL = "75 80 86 90 100 120"
@@ -163,11 +164,28 @@ def test_an_extension_of_another_torch_is_not_loaded(monkeypatch) -> None:
         assert match in reason
 
 
+def unbuilt(folder: Path) -> Path:
+    """A copy of the package, as a clone has it."""
+    left_out = shutil.ignore_patterns("*.so", "__pycache__", "built.json")
+    return shutil.copytree(
+        Path(srn_kernels.__file__).parent, folder / "srn_kernels", ignore=left_out
+    )
+
+
+def info(folder: Path, path: Path) -> str:
+    return subprocess.run(
+        [sys.executable, "-m", "srn_kernels.info"],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+
+
 def test_what_the_build_could_not_make_is_said_with_the_remedy(tmp_path) -> None:
     """A copy of the package without extensions, with the record of a build without a compiler."""
-    package = tmp_path / "srn_kernels"
-    left_out = shutil.ignore_patterns("*.so", "__pycache__", "built.json")
-    shutil.copytree(Path(srn_kernels.__file__).parent, package, ignore=left_out)
+    package = unbuilt(tmp_path)
     modules = [
         line.split('"')[1]
         for line in (PROJECT / "setup.py").read_text().splitlines()
@@ -175,13 +193,26 @@ def test_what_the_build_could_not_make_is_said_with_the_remedy(tmp_path) -> None
     ]
     record = {"torch": None, "modules": dict.fromkeys(modules, "no C++ compiler (c++)")}
     (package / "backends" / "built.json").write_text(json.dumps(record))
-    said = subprocess.run(
-        [sys.executable, "-m", "srn_kernels.info"],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
+    said = info(tmp_path, tmp_path)
     assert "backend cpu: not available: no C++ compiler (c++); to build it: pip install" in said
     assert "several times slower" in said
+
+
+@pytest.mark.parametrize("version", [None, "13.0"])
+def test_cuda_is_not_to_be_built_again_for_a_torch_without_it(monkeypatch, version) -> None:
+    name, reason = "srn_kernels.backends._cuda", "built against torch 9.9.0, which has no CUDA"
+    monkeypatch.setattr(built, "record", lambda: {"modules": {name: reason}})
+    monkeypatch.setattr(torch.version, "cuda", version)
+    assert built.unfit(name) == (reason if version is None else f"{reason}; to build it: {AGAIN}")
+
+
+def test_a_clone_that_hides_the_installed_package_says_so(tmp_path) -> None:
+    """As after ``pip install .``, where Python still runs in the clone."""
+    clone, site = unbuilt(tmp_path / "clone"), tmp_path / "site"
+    installed = unbuilt(site)
+    (site / "srn_kernels-9.dist-info").mkdir()
+    (site / "srn_kernels-9.dist-info" / "METADATA").write_text("Name: srn_kernels\nVersion: 9\n")
+    assert "hides" not in info(clone.parent, site)
+    (installed / "backends" / "built.json").write_text("{}")
+    assert f"the package in {installed} is, but {clone} hides it" in info(clone.parent, site)
+    assert "hides" not in info(tmp_path, site)

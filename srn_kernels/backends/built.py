@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import json
+from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 
 AGAIN = "pip install --force-reinstall --no-deps . in the sources"
+PACKAGE = Path(__file__).resolve().parents[1]
 
 
 @functools.cache
@@ -32,7 +34,9 @@ def unfit(name: str) -> str | None:
     """Why a module must not be loaded: it may crash in a torch it was not compiled against."""
     was, now = record().get("torch"), torch.__version__
     if reason := record().get("modules", {}).get(name):
-        return f"{reason}; to build it: {AGAIN}"
+        # no build gives a torch without CUDA the CUDA kernels
+        in_vain = name.endswith("_cuda") and torch.version.cuda is None
+        return reason if in_vain else f"{reason}; to build it: {AGAIN}"
     if was is not None and _release(was) != _release(now):
         return f"{name} was built against torch {was}, this is {now}; to build it again: {AGAIN}"
     return None
@@ -45,4 +49,18 @@ def load(name: str) -> tuple[ModuleType | None, str | None]:
     try:
         return importlib.import_module(name), None
     except ImportError as error:
-        return None, f"the extension {name} is not built ({error})"
+        reason = f"the extension {name} is not built ({error})"
+        if installed := hidden():
+            reason += f"; the package in {installed} is, but {PACKAGE} hides it: run Python from "
+            reason += "another folder"
+        return None, reason
+
+
+@functools.cache
+def hidden() -> Path | None:
+    """An installed, built package before which this one is found: a clone that Python runs in."""
+    for found in metadata.distributions(name=PACKAGE.name):
+        other = Path(str(found.locate_file(PACKAGE.name))).resolve()
+        if other != PACKAGE and (other / "backends" / "built.json").exists():
+            return other
+    return None

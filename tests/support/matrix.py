@@ -18,6 +18,7 @@ import sys
 import sysconfig
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 from xml.etree import ElementTree
@@ -28,8 +29,9 @@ TORCHES = {"2.11": "torch==2.11.*", "newest": "torch"}
 TOOLS = ["numpy", "setuptools>=77", "wheel", "ninja", "pybind11"]  # as in pyproject.toml
 TESTING = ["pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "scipy"]
 CORE = ("tests/maths", "tests/core", "tests/model", "tests/tools")
-_FILES = ("maths/test_linalg", "core/test_autograd", "model/test_layers", "model/test_loading")
-_FILES += ("tools/test_convert", "tools/test_parametrization", "test_arrows")
+_FILES = ("maths/test_linalg", "core/test_autograd", "backends/test_cpu", "model/test_layers")
+_FILES += ("model/test_loading", "tools/test_convert", "tools/test_parametrization")
+_FILES += ("behaviour/test_compile", "test_arrows")
 QUICK = tuple(f"tests/{name}.py" for name in _FILES)
 TARGETS = {"arm64, Linux": "aarch64-linux-gnu", "arm64, macOS": "aarch64-macos"}
 
@@ -124,11 +126,14 @@ def test(
     folder: Path, interpreter: Path, torch: str, places: tuple[str, ...], arguments: list[str]
 ) -> str:
     """Covers one cell; a line that says what it covered."""
+    began = [time.perf_counter()]
     cell = made(folder, interpreter, [torch, *TOOLS, *TESTING])
+    began.append(time.perf_counter())
     tree = sources(folder / "source")
     status, said = run(cell.python, "setup.py", "build_ext", "--inplace", folder=tree, SRN_CUDA="0")
     if status:
         raise Failed(f"the CPU kernels do not compile: {last_line(said)}")
+    began.append(time.perf_counter())
     report = folder / "report.xml"
     status, said = run(
         *(cell.python, "-m", "pytest", "-q", "-n", "2", "--dist", "loadfile"),
@@ -140,7 +145,10 @@ def test(
     )
     _, version = run(cell.python, "-c", "import torch; print(torch.__version__)")
     covered = ", ".join(place.removeprefix("tests/") for place in places)
+    began.append(time.perf_counter())
+    took = (f"{after - before:.0f} s" for before, after in pairwise(began))
     counted = f"torch {version.strip()}, {covered}: {counts(report)}"
+    counted += "\n    environment {}, kernels {}, tests {}".format(*took)
     if status:
         wrong = [x for x in said.splitlines() if x.startswith(("FAILED", "ERROR"))]
         raise Failed("\n    ".join([counted, *(wrong or [last_line(said)])]))
