@@ -81,6 +81,9 @@ def test_what_was_not_checked_has_its_reason_and_no_number() -> None:
     assert "--input-shape" in found.output and "--input-shape" in found.timing
     found = examine(plain, input_shape=(4, 7))
     assert "shapes" in found.output and "shapes" in found.timing
+    assert "return (model, inputs)" in found.output and "return (model, inputs)" in found.timing
+    found = examine(lambda: (plain(), torch.randn(4, 7)))
+    assert "shapes" in found.output and "return (model, inputs)" not in found.output
     found = examine(
         lambda: nn.Conv2d(2, 2, 3, bias=False).requires_grad_(False), input_shape=(1, 2, 4, 4)
     )

@@ -182,11 +182,13 @@ def examine(
     if how == NOTHING:
         why = "nothing would change"
         return Diagnosis(how, taken, left, normalised, why, why)
-    if inputs is None and input_shape is not None:
-        inputs = drawn(model, input_shape)
-    if inputs is None:
+    remedy = ""
+    if inputs is None and input_shape is None:
         why = "no inputs: let the function return (model, inputs), or give --input-shape"
         return Diagnosis(how, taken, left, normalised, why, why)
+    if inputs is None:
+        inputs = drawn(model, input_shape)
+        remedy = " (for other inputs let the function return (model, inputs))"
     inputs = inputs.to(place)
     before, after = twin(), twin()
     if how == CONVERT:
@@ -206,8 +208,8 @@ def examine(
         taken,
         left,
         normalised,
-        _tried(lambda: _compared(how, rank_ratio, before, after, inputs)),
-        _tried(rounds),
+        _tried(lambda: _compared(how, rank_ratio, before, after, inputs), remedy),
+        _tried(rounds, remedy),
     )
 
 
@@ -255,9 +257,10 @@ def _compared(
         return compare(after, export(after), inputs)
 
 
-def _tried(what: Callable[[], Any]) -> Any:
+def _tried(what: Callable[[], Any], remedy: str) -> Any:
     """A user's forward may fail for any reason; the diagnosis goes on, and says so."""
     try:
         return what()
     except Exception as error:
-        return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+        said = str(error).strip().splitlines()
+        return f"{type(error).__name__}: {said[0] if said else ''}{remedy}"

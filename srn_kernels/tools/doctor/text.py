@@ -41,7 +41,8 @@ def _output(found: Diagnosis, rank_ratio: float) -> str:
     out = found.output
     if not isinstance(out, Difference):
         return f"NOT CHECKED: {out}"
-    size = f"by {out.largest:.2g} at most, where the largest number is {out.scale:.3g}"
+    share = f" ({out.largest / out.scale:.1g} of it)" if out.scale else ""
+    size = f"by {out.largest:.2g} at most, where the largest number is {out.scale:.3g}{share}"
     verdict = "stays" if out.stays else "CHANGES"
     if found.how == CONVERT and rank_ratio == 1:
         return f"{verdict}: the converted model differs {size}"
