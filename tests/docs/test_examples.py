@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 
 import srn_kernels as srn
 
 PAGES = Path(__file__).parents[2] / "docs" / "api"
+# What the reference tells its readers to import.
+IMPORTS = re.search(r"^```python\n(.*?)^```$", (PAGES / "index.md").read_text(), re.M | re.S)[1]
 MODULES = {
     "functional": ("stable_rank_normalize", "stable_rank_project_"),
     "reference": ("stable_rank_normalize", "stable_rank_project_"),
@@ -31,7 +32,8 @@ def public(name: str) -> object:
 @pytest.mark.parametrize("name", NAMES)
 def test_its_example_runs(name: str) -> None:
     shown = inspect.cleandoc(public(name).__doc__ or "")
-    imported = {"torch": torch, "nn": nn, "srn": srn}
+    imported: dict[str, object] = {}
+    exec(IMPORTS, imported)
     example = doctest.DocTestParser().get_doctest(shown, imported, name, None, None)
     assert example.examples, f"{name} has no example"
     torch.manual_seed(0)
