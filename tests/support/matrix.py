@@ -2,7 +2,7 @@
 
 Each cell is an environment of its own, from the index: a Python that is found here (3.10 or later),
 the oldest torch that is served or the newest there is, the CPU kernels compiled against it, and the
-tests of the folders maths, core, model and tools (--quick: a few files of them). Then the CPU
+tests of the folders maths, core, model and tools (--quick: a few files). Then the CPU
 kernels are compiled for arm64, with Linux and with macOS. What each run covered is printed; what
 could not be had is named, and makes the exit status 3: only 0 says that everything was covered.
 """
@@ -33,6 +33,7 @@ _FILES = ("maths/test_linalg", "core/test_autograd", "backends/test_cpu", "model
 _FILES += ("model/test_loading", "tools/test_convert", "tools/test_parametrization")
 _FILES += ("behaviour/test_compile", "test_arrows")
 QUICK = tuple(f"tests/{name}.py" for name in _FILES)
+NO_INDUCTOR = "not inductor"  # which compiles C++ for every graph
 TARGETS = {"arm64, Linux": "aarch64-linux-gnu", "arm64, macOS": "aarch64-macos"}
 
 
@@ -145,6 +146,7 @@ def test(
     )
     _, version = run(cell.python, "-c", "import torch; print(torch.__version__)")
     covered = ", ".join(place.removeprefix("tests/") for place in places)
+    covered += f" ({NO_INDUCTOR})" if NO_INDUCTOR in arguments else ""
     began.append(time.perf_counter())
     took = (f"{after - before:.0f} s" for before, after in pairwise(began))
     counted = f"torch {version.strip()}, {covered}: {counts(report)}"
@@ -202,15 +204,19 @@ def check_object(path: Path, target: str) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="cells whose name contains this")
-    parser.add_argument("--quick", action="store_true", help=f"only {', '.join(QUICK)}")
+    parser.add_argument(
+        "--quick", action="store_true", help=f"only {', '.join(QUICK)}, {NO_INDUCTOR}"
+    )
     parser.add_argument("pytest", nargs="*", help="further arguments of pytest, after --")
     options = parser.parse_args()
     if uv("--version")[0]:
         raise SystemExit("uv is missing: pip install uv, or make setup")
-    there, places = pythons(), QUICK if options.quick else CORE
+    there, places, chosen_tests = pythons(), CORE, options.pytest
+    if options.quick:
+        places, chosen_tests = QUICK, ["-k", NO_INDUCTOR, *options.pytest]
     print(f"Python: {', '.join(f'{name} ({path})' for name, path in there.items())}", flush=True)
     cells = {
-        f"Python {name}, torch {torch}": (test, path, requirement, places, options.pytest)
+        f"Python {name}, torch {torch}": (test, path, requirement, places, chosen_tests)
         for torch, requirement in TORCHES.items()
         for name, path in there.items()
     }
