@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -16,19 +16,27 @@ from srn_kernels.maths.matrix import state_layout
 from srn_kernels.maths.scalars import STATS
 
 
-@provider("reference", "srn_kernels reference", stable_rank=True, most_parameters=2**25)
-class Reference(StatefulRunner):
+class _Function(StatefulRunner):
+    """The public function of one of the two modules that have it."""
+
     half_allowance = 0.0
 
-    def outputs(self) -> Sequence[Tensor]:
-        return srn.reference.stable_rank_normalize(
+    def call(self, function: Callable[..., Sequence[Tensor]], **keywords: str) -> Sequence[Tensor]:
+        return function(
             self.parameters,
             self.us,
             self.vs,
             self.target_ranks,
             n_power_iterations=self.problem.n_power_iterations,
             training=self.training,
+            **keywords,
         )
+
+
+@provider("reference", "srn_kernels reference", stable_rank=True, most_parameters=2**25)
+class Reference(_Function):
+    def outputs(self) -> Sequence[Tensor]:
+        return self.call(srn.reference.stable_rank_normalize)
 
 
 @provider(KERNELS, "srn_kernels, kernels alone", stable_rank=True, needs_kernels=True)
@@ -82,20 +90,11 @@ class Kernels(StatefulRunner):
 
 
 @provider("functional", "srn_kernels functional", stable_rank=True, needs_kernels=True)
-class Functional(StatefulRunner):
-    half_allowance = 0.0
+class Functional(_Function):
     backend = "cpu"
 
     def outputs(self) -> Sequence[Tensor]:
-        return srn.functional.stable_rank_normalize(
-            self.parameters,
-            self.us,
-            self.vs,
-            self.target_ranks,
-            n_power_iterations=self.problem.n_power_iterations,
-            training=self.training,
-            backend=self.backend,
-        )
+        return self.call(srn.functional.stable_rank_normalize, backend=self.backend)
 
 
 @provider("module", "srn_kernels", stable_rank=True, needs_kernels=True)

@@ -45,6 +45,9 @@ def _gain(gains: Sequence[Tensor], gained: Sequence[int], layer: int) -> Tensor 
     return gains[gained[layer]] if gained and gained[layer] >= 0 else None
 
 
+# The verbs' parameters are written out in every backend, since the ops pass them by place.
+
+
 @torch.no_grad()
 def run(
     rule: Rule,

@@ -231,6 +231,7 @@ class SplitFunction(torch.autograd.Function):
         return (None, None, None, None, None, *result)
 
 
+# Its parameters are those of run_round, written out for the type checker: one stands for the other.
 def run_split(
     plan: Plan,
     record: Round | None,

@@ -172,7 +172,7 @@ def project_after_step(
     """
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"optimizer must be a torch Optimizer, got {type(optimizer).__name__}")
-    entries, skipped = select(
+    entries, skipped = select(  # by the keywords of apply_stable_rank_norm
         model,
         {"rank_ratio": rank_ratio, **options},
         include=include,

@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from models import Discriminator, images, is_raw, same_state, state
+from models import Discriminator, check_it_trains, images, is_raw, same_state, state
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -190,15 +190,7 @@ def test_rounds_train_the_gain_and_move_state_once() -> None:
     model(x)
     assert not same_state(model, before)
     assert is_raw(model)
-    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
-    losses = []
-    for _ in range(10):
-        loss = (model(x) - 1).square().mean()
-        losses.append(loss.item())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    assert losses[-1] < losses[0]
+    check_it_trains(model, steps=10, lr=1e-2)
     assert all(float(m.weight_gain.detach()) != 1 for m in (model.conv, model.up, model.head))
     # Nothing re-converges after an optimiser step.
     assert all(e.state() is State.FRESH for e in model.conv._srn.values())

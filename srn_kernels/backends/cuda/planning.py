@@ -57,7 +57,7 @@ class Record(NamedTuple):
     stats_row: int
     type: int
     other_type: int
-    path: int
+    path: int  # from here to other_offset as in Staged; flat, because RECORD packs it
     vectors: int
     group_warps: int
     piece_rows: int

@@ -137,6 +137,7 @@ def backward_kernel(
     COMBINE_VARIANTS: tl.constexpr,
 ):
     """dL/dW of all layers from G = dL/dW_hat, u and v held constant."""
+    # Taking a tile binds names for the whole loop: normalize_kernel has the same lines.
     ticket = tl.atomic_add(counters + TICKET * COUNTER_STRIDE, 1, sem="relaxed")
     while ticket < n_tiles:
         layer = tl.load(tiles + ticket * 4)

@@ -317,6 +317,7 @@ def _factor_again(record, pointers, row, index):
 @triton.jit
 def _rescale(record, pointers, round_state, stats, index, VARIANTS: tl.constexpr, N: tl.constexpr):
     """factor W_hat = factor (a W + b u v^T) for the rows of one slab."""
+    # As in _slab: a constexpr is bound where it is used.
     BA: tl.constexpr = VARIANTS[N][0]
     BR: tl.constexpr = VARIANTS[N][1]
     BB: tl.constexpr = VARIANTS[N][2]
@@ -365,6 +366,7 @@ def normalize_kernel(
     RESCALE_VARIANTS: tl.constexpr,
 ):
     """Power iterations, statistics and W_hat of all layers; op codes as numbered in launch.py."""
+    # Taking a tile binds names for the whole loop: backward_kernel has the same lines.
     ticket = tl.atomic_add(counters + TICKET * COUNTER_STRIDE, 1, sem="relaxed")
     while ticket < n_tiles:
         layer = tl.load(tiles + ticket * 4)

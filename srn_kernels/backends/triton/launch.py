@@ -230,6 +230,9 @@ def _bits(values: Sequence[float]) -> array:
     return array("q", array("d", values).tobytes())
 
 
+# The verbs' parameters are written out in every backend, since the ops pass them by place.
+
+
 def normalize(
     weights: Sequence[Tensor],
     us: Sequence[Tensor],
