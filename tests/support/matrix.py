@@ -29,9 +29,9 @@ TORCHES = {"2.11": "torch==2.11.*", "newest": "torch"}
 TOOLS = ["numpy", "setuptools>=77", "wheel", "ninja", "pybind11"]  # as in pyproject.toml
 TESTING = ["pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "scipy"]
 CORE = ("tests/maths", "tests/core", "tests/model", "tests/tools")
-_FILES = ("maths/test_linalg", "core/test_autograd", "backends/test_cpu", "model/test_layers")
-_FILES += ("model/test_loading", "tools/test_convert", "tools/test_parametrization")
-_FILES += ("behaviour/test_compile", "test_arrows")
+_FILES = ("maths/test_linalg", "core/test_autograd", "model/test_layers", "model/test_loading")
+_FILES += ("tools/test_convert", "tools/test_parametrization", "behaviour/test_compile")
+_FILES += ("test_arrows",)
 QUICK = tuple(f"tests/{name}.py" for name in _FILES)
 NO_INDUCTOR = "not inductor"  # which compiles C++ for every graph
 TARGETS = {"arm64, Linux": "aarch64-linux-gnu", "arm64, macOS": "aarch64-macos"}
