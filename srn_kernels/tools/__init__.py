@@ -1,1 +1,1 @@
-"""What people do with normalised models beside training them: convert, report, project."""
+"""What people do with models beside training them: examine, convert, report, project."""

@@ -64,8 +64,8 @@ def plot_spectrum(model: nn.Module, *, include: Pattern = None, limit: int = 24)
     included, _ = matcher("*" if include is None else include, "include")
     chosen = [entry for entry in entries if included(names[id(entry)], entry.sites[0][0])]
     if not chosen:
-        names = ", ".join(repr(names[id(entry)]) for entry in entries[:12])
-        raise ValueError(f"include: nothing matches {include!r}; there are {names}")
+        there = ", ".join(repr(names[id(entry)]) for entry in entries[:12])
+        raise ValueError(f"include: nothing matches {include!r}; there are {there}")
     from matplotlib.figure import Figure
 
     drawn = chosen[:limit]

@@ -52,7 +52,7 @@ class Projection:
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self.project()
 
-    def _settled(self, place: int) -> tuple[Tensor, Tensor]:
+    def _placed(self, place: int) -> tuple[Tensor, Tensor]:
         """u and v where the weight now is."""
         weight = self._entries[place].weight
         dtype = state_dtype(weight.dtype)
@@ -72,7 +72,7 @@ class Projection:
 
     def _arguments(self, group: Sequence[int]) -> tuple[Any, dict[str, Any]]:
         chosen = [self._entries[i] for i in group]
-        us, vs = zip(*[self._settled(i) for i in group], strict=True)
+        us, vs = zip(*[self._placed(i) for i in group], strict=True)
         settings = chosen[0].settings
         weights = [e.matrix_weight() for e in chosen]
         return (weights, us, vs, [e.target_rank() for e in chosen]), {
@@ -83,7 +83,7 @@ class Projection:
 
     @torch.no_grad()
     def project(self) -> None:
-        """One power iteration, and W <- W_hat; what happens after every optimiser step."""
+        """A round's power iterations, and W <- W_hat: what happens after every optimiser step."""
         for group in self._grouped():
             arguments, keywords = self._arguments(group)
             n = self._entries[group[0]].settings.n_power_iterations
@@ -172,7 +172,7 @@ def project_after_step(
     """
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"optimizer must be a torch Optimizer, got {type(optimizer).__name__}")
-    entries, skipped = select(  # by the keywords of apply_stable_rank_norm
+    entries, skipped = select(
         model,
         {"rank_ratio": rank_ratio, **options},
         include=include,
@@ -181,9 +181,9 @@ def project_after_step(
         overrides=overrides,
     )
     for pattern, values in (overrides or {}).items():
-        if kept := set(values).intersection(_MEANINGLESS):
+        if idle := set(values).intersection(_MEANINGLESS):
             raise ValueError(
-                f"overrides[{pattern!r}]: {sorted(kept)} have no meaning for a projection"
+                f"overrides[{pattern!r}]: {sorted(idle)} have no meaning for a projection"
             )
     wrapped = [name for name, reason in skipped if reason in _WRAPPED]
     if wrapped:

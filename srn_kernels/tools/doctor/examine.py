@@ -107,7 +107,7 @@ def compare(one: nn.Module, other: nn.Module, inputs: Inputs) -> Difference:
     # Each layer rounds sigma and a quotient anew; a thousand of them pile up at worst.
     bound = 1000 * max(torch.finfo(x.dtype).eps for x in first) * scale
     found = Difference(_apart(first, second), scale, bound)
-    # Code that iterates in evaluation moves too, but not by more than it matters.
+    # Of code that iterates in evaluation: is it apart from itself as well?
     if not found.stays and not _apart(first, outputs(one, inputs)) <= bound:
         raise ValueError("two evaluations of the same model differ already")
     return found
@@ -217,11 +217,12 @@ def _what(model: nn.Module, rank_ratio: float) -> tuple[list[Taken], list[tuple[
     """What convert takes over; where that is nothing, what apply would normalise."""
     found, left = look(model, {})
     if found:
-        return (
-            [Taken(t.entry.label, _shape(t.weight, t.entry.settings.dim), _form(t.items[0][0]))
-             for t in found], left, CONVERT,
-        )  # fmt: skip
-    Settings(rank_ratio=rank_ratio)
+        taken = [
+            Taken(t.entry.label, _shape(t.weight, t.entry.settings.dim), _form(t.items[0][0]))
+            for t in found
+        ]
+        return taken, left, CONVERT
+    Settings(rank_ratio=rank_ratio)  # a wrong one is an error, and no reason to take nothing
     try:
         entries, others = select(model, {"rank_ratio": rank_ratio})
     except (ValueError, TypeError) as error:  # what apply would say

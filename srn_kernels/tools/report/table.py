@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from html import escape
 from typing import Any
+
+_NUMBERS = ("sigma", "stable_rank", "normalized_stable_rank", "target", "gamma")
 
 
 @dataclass(frozen=True)
@@ -17,12 +19,12 @@ class LayerReport:
     shape: tuple[int, int]  #: (rows, columns) of the matrix
     sigma: float  #: u^T W v, the estimate in use, or |W|_2 where the rule keeps no u, v
     stable_rank: float  #: of W, |W|_F^2 / sigma^2
-    normalized_stable_rank: float  #: of W_hat, by its own singular values' bound |W_hat|_F^2
+    normalized_stable_rank: float  #: of W_hat, relative to its own u^T W_hat v
     target: float  #: r, inf for spectral norm alone
     gamma: float  #: factor of the part beside u v^T; 1 where the constraint does nothing
     active: bool  #: whether the stable-rank constraint changes this weight
     note: str = ""  #: what else there is to say
-    #: The norm of W_hat as a convolution on its input's size, its largest if there are several.
+    #: The norm of W_hat as an operator on the layer's inputs, the largest if these differ in size.
     operator_norm: float | None = None
 
 
@@ -58,14 +60,14 @@ class Report:
 
     def _cells(self) -> list[list[str]]:
         """The heading, and one line a row."""
-        names = [f.name for f in fields(LayerReport)][:9]
         measured = any(row.operator_norm is not None for row in self.rows)
-        table = [["layer", *names[1:8], *(["operator_norm"] if measured else []), names[8]]]
+        last = ["operator_norm", "note"] if measured else ["note"]
+        table = [["layer", "shape", *_NUMBERS, "active", *last]]
         for row in self.rows:
             cells = [
                 row.name,
                 f"{row.shape[0]}x{row.shape[1]}",
-                *(f"{getattr(row, n):.4g}" for n in names[2:7]),
+                *(f"{getattr(row, n):.4g}" for n in _NUMBERS),
                 "yes" if row.active else "no",
             ]
             if measured:
