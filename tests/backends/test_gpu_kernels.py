@@ -17,6 +17,7 @@ from gpu_rounds import (
     check_round,
     scaled_down,
 )
+from scaled_rounds import check_scaled_rounds
 
 from benchmarks.cases import workloads
 from srn_kernels import backends
@@ -71,6 +72,11 @@ def test_edge_cases(kernels, iterations):
 
 def test_evaluation_with_shrunk_and_negative_vectors(kernels):
     check_evaluation_with_shrunk_and_negative_vectors(kernels)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=oracle.dtype_id)
+def test_soft_bounds_and_gains(kernels, dtype):
+    check_scaled_rounds(kernels, dtype)
 
 
 def test_a_repeated_round_has_the_same_bits(kernels):
