@@ -107,8 +107,9 @@ class Forward {
     constexpr bool kOneRow = Block<kVectors>::kParts > 1;  // in a block
     constexpr int kRows =                                  // at a time
         std::is_same_v<E, Any> || kOneRow ? 1
-        : kVectors <= 2                   ? 4
+        : kVectors <= 2 || sizeof(E) == 2 ? 4
                                           : 2;
+    constexpr int kSpan = kWarp / kRows;  // lanes that end up with the same row's sum
     const Own<kWidth, kVectors> own(r, r.columns / kWidth);
     const int size = bytes_of<E>(r.type), group_warps = r.group_warps;
     const int stride = own.groups * r.columns * size;  // from a group's row to its next
@@ -145,31 +146,34 @@ class Forward {
         const int n = kOneRow ? 1 : left < kChunk ? left : kChunk;
         const char* rows =
             block.part[0] + ((next - where.row) * r.columns + own.in_part(0) * kWidth) * size;
+        // Rows beyond the last repeat it, and count for nothing: a row takes a comparison and an
+        // addition that hangs on it.
+        const char* from = rows;
+        A* part = parts + lane / kSpan * kWarps;
 #pragma unroll 1
-        for (int row = 0; row < n; row += kRows) {
-          A dot[kRows];
+        for (int rest = n; rest > 0; rest -= kRows) {
+          A dot[kRows] = {}, squares_of[kVectors] = {};  // of 16 elements at most: in range
 #pragma unroll
           for (int b = 0; b < kRows; ++b) {
-            // Rows beyond the last repeat it, and count for nothing.
-            const char* from = rows + (b == 0 || row + b < n ? row + b : n - 1) * stride;
-            const A scale = b == 0 || row + b < n ? A(kShrinkSq) : A(0);
-            const A end_scale = b == 0 || row + b < n ? end : A(0);
-            dot[b] = 0;
+            const bool counts = b == 0 || rest > b;
 #pragma unroll
             for (int i = 0; i < kVectors; ++i) {
-              A w[kWidth], square = 0;
+              A w[kWidth];
               load_w(block, from, i, w);
 #pragma unroll
               for (int k = 0; k < kWidth; ++k) {
                 dot[b] += w[k] * v[i][k];
-                square += w[k] * w[k];
+                if (counts) squares_of[i] += w[k] * w[k];
               }
-              f += square * (i < kVectors - 1 ? scale : end_scale);
             }
+            if (b == kRows - 1 || rest > b + 1) from += stride;
           }
-          const A dot_of_row = warp_sums(dot);
-          constexpr int kSpan = kWarp / kRows;
-          if (lane % kSpan == 0) parts[(row + lane / kSpan) * kWarps] = dot_of_row;
+#pragma unroll
+          for (int i = 0; i < kVectors; ++i)
+            f += squares_of[i] * (i < kVectors - 1 ? A(kShrinkSq) : end);
+          const A sum = warp_sums(dot);
+          if (lane % kSpan == 0) *part = sum;
+          part += kRows * kWarps;
         }
         own.sync(group_warps);
         if (warp == own.group * group_warps && lane < kChunk) {
@@ -183,12 +187,13 @@ class Forward {
         }
         own.sync(group_warps);
         if (iterate) {
+          from = rows;
+          const A* factors = dots;
 #pragma unroll 1
-          for (int row = 0; row < n; row += kRows) {
+          for (int rest = n; rest > 0; rest -= kRows) {
 #pragma unroll
             for (int b = 0; b < kRows; ++b) {
-              const A s = dots[row + b];  // 0 beyond the last row
-              const char* from = rows + (b == 0 || row + b < n ? row + b : n - 1) * stride;
+              const A s = factors[b];  // 0 beyond the last row
 #pragma unroll
               for (int i = 0; i < kVectors; ++i) {
                 A w[kWidth];
@@ -196,7 +201,9 @@ class Forward {
 #pragma unroll
                 for (int k = 0; k < kWidth; ++k) t[i][k] += w[k] * s;
               }
+              if (b == kRows - 1 || rest > b + 1) from += stride;
             }
+            factors += kRows;
           }
         }
         next += n * own.groups;
