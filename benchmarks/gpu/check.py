@@ -209,9 +209,11 @@ def run(chosen: argparse.Namespace) -> int:
     if chosen.only:
         stages = [s for s in stages if s.name in chosen.only]
     if chosen.list:
+        ends = 0.0
         for stage in stages:
-            print(f"{stage.limit:5.0f} s  {stage.name}")
-        print(f"{sum(s.limit for s in stages):5.0f} s of {TOTAL:.0f} at most")
+            ends += stage.limit
+            print(f"{stage.limit:5.0f} s, at the latest after {ends:5.0f} s  {stage.name}")
+        print(f"{ends:5.0f} s of {TOTAL:.0f} at most")
         return 0
     if not chosen.rehearse and not torch.cuda.is_available():
         raise SystemExit("torch sees no GPU; --rehearse does without one")

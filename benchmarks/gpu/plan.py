@@ -1,6 +1,7 @@
 """The stages of gpu-check: for 30 minutes on a GPU, and their rehearsal without one.
 
-Limits are for one device and 16 cores; a stage that hangs costs its limit and no more.
+Limits are for one device and 16 cores; a stage that hangs costs its limit and no more. What would
+make all other results worthless comes first, since time on a GPU may end early.
 """
 
 from __future__ import annotations
@@ -92,38 +93,43 @@ def gpu_stages(out: Path, commit: Sequence[str] = ()) -> list[Stage]:
     sanitizer = "compute-sanitizer"
     check = ("--error-exitcode", "9", "--launch-timeout", "0")
     small = gpu("small", "--backend", "cuda")
+    memcheck = (sanitizer, "--tool", "memcheck", *check, *small)
+    racecheck = (sanitizer, "--tool", "racecheck", *check, *small)
     return [
         Stage("build", gpu("build"), 150),
+        Stage("memcheck", memcheck, 60, sanitizer, PLAIN),
         *kernel_tests("cuda", out, limit=120, reduce=45, device="cuda"),
-        *kernel_tests("triton", out, limit=170, reduce=45, device="cuda"),
-        Stage("memcheck", (sanitizer, "--tool", "memcheck", *check, *small), 60, sanitizer, PLAIN),
-        Stage(
-            "racecheck",
-            (sanitizer, "--tool", "racecheck", *check, *small),
-            45,
-            sanitizer,
-            advisory=True,
-        ),
         Stage("bits cuda", gpu("bits", "--backend", "cuda", *rows), 50),
+        *kernel_tests("triton", out, limit=170, reduce=45, device="cuda"),
         Stage("bits triton", gpu("bits", "--backend", "triton", *rows), 50),
         Stage("launches", gpu("launches", *rows), 60),
-        Stage("compile", warm_up(), 110),
+        Stage("compile", warm_up(*WORKLOADS), 110),
         *(Stage(f"measure {w}", gpu("measure", "--workload", w, *rows), 75) for w in WORKLOADS),
         *(Stage(f"train {w}", gpu("training", "--workload", w, *rows), 80) for w in IMAGES),
         Stage("counters", gpu("counters", *rows), 60, "ncu"),
         Stage("device tests", pytest("--device", "cuda", tests("test_functional.py")), 60),
+        Stage("racecheck", racecheck, 45, sanitizer, advisory=True),
     ]
 
 
-def warm_up() -> tuple[str, ...]:
-    """Compiles the kernels of all measured workloads at once, into Triton's cache."""
+def warm_up(*names: str, device: str = "cuda") -> tuple[str, ...]:
+    """Compiles the kernels of these workloads at once, into Triton's cache."""
     program = (
         "import subprocess, sys; once = [sys.executable, *'-m benchmarks gpu measure --repeats 1 "
-        "--budget 0 --backend triton --workload'.split()]; "
+        f"--budget 0 --backend triton --device {device} --workload'.split()]; "
         "running = [subprocess.Popen([*once, name]) for name in sys.argv[1:]]; "
         "sys.exit(max(abs(p.wait()) for p in running))"
     )
-    return python("-c", program, *WORKLOADS)
+    return python("-c", program, *names)
+
+
+def shim(*arguments: str) -> tuple[str, ...]:
+    """A command of this package with the CUDA kernels on the CPU."""
+    program = (
+        "import sys; sys.path.insert(0, 'tests/support'); import cuda_shim; cuda_shim.install(); "
+        "from benchmarks.gpu.commands import main; sys.exit(main(sys.argv[1:]))"
+    )
+    return python("-c", program, *arguments, "--backend", "cuda", "--device", "cpu")
 
 
 def rehearsal_stages(out: Path, commit: Sequence[str] = ()) -> list[Stage]:
@@ -131,8 +137,11 @@ def rehearsal_stages(out: Path, commit: Sequence[str] = ()) -> list[Stage]:
 
     Their times mean nothing.
     """
-    rows = ("--device", "cpu", "--out", str(out / "results.jsonl"), *commit)
+    shim_rows = ("--out", str(out / "results.jsonl"), *commit)
+    rows = ("--device", "cpu", *shim_rows)
     cpu, triton = ("--backend", "cpu"), ("--backend", "triton")
+    sanitizer = ("compute-sanitizer", "--version")
+    on_cpu = pytest("--device", "cpu", tests("test_functional.py"), "-k", "cpu")
     once = ("--repeats", "1", "--budget", "0")
     few = ("-k", "triton and (mixed or unaligned or projection or padding)")
     tiny = ("--images", "1", "3", "32", "32")
@@ -142,26 +151,32 @@ def rehearsal_stages(out: Path, commit: Sequence[str] = ()) -> list[Stage]:
     ]
     return [
         Stage("build", gpu("build", "--dry-run", "--arch", "9.0"), 60, "nvcc"),
+        Stage("memcheck", sanitizer, 30, sanitizer[0]),
+        Stage("small cuda", shim("small"), 600),
+        Stage("small triton", gpu("small", "--device", "cpu", *triton), 600, None, INTERPRET),
         *kernel_tests("cuda", out, "--cuda-shim", limit=600, reduce=120, device="cpu"),
-        *interpreted,
-        Stage("memcheck", ("compute-sanitizer", "--version"), 30, "compute-sanitizer"),
-        Stage("small", gpu("small", "--device", "cpu", *triton), 600, variables=INTERPRET),
+        Stage("bits cuda", shim("bits", "--rounds", "2", *shim_rows), 600),
         Stage("bits cpu", gpu("bits", "--rounds", "20", *cpu, *rows), 600),
+        *interpreted,
         Stage("bits triton", gpu("bits", "--rounds", "1", *triton, *rows), 600, None, INTERPRET),
         Stage("launches", gpu("launches", *triton, *rows), 600, None, INTERPRET),
-        *(
-            Stage(f"measure {w}", gpu("measure", "--workload", w, *once, *cpu, *rows), 600)
-            for w in ("2x48x64", "2x48x64@bfloat16")
-        ),
+        Stage("compile", warm_up("1x8x8", device="cpu"), 600, None, INTERPRET),
+        Stage("measure cuda", shim("measure", "--workload", "1x8x8", *once, *shim_rows), 600),
         Stage(
-            "measure interpreted",
+            "measure triton",
             gpu("measure", "--workload", "1x8x8", *once, *triton, *rows),
             600,
             variables=INTERPRET,
+        ),
+        *(
+            Stage(f"measure {w}", gpu("measure", "--workload", w, *once, *cpu, *rows), 600)
+            for w in ("2x48x64", "2x48x64@bfloat16")
         ),
         *(
             Stage(f"train {w}", gpu("training", "--workload", w, *once, *tiny, *cpu, *rows), 600)
             for w in IMAGES
         ),
         Stage("counters", ("ncu", "--version"), 30, "ncu"),
+        Stage("device tests", on_cpu, 600),
+        Stage("racecheck", sanitizer, 30, sanitizer[0], advisory=True),
     ]

@@ -155,6 +155,20 @@ def test_the_plan_fits_half_an_hour_in_calls_that_all_make_progress(tmp_path):
     assert calls <= 4  # where every stage takes its limit
 
 
+def test_the_rehearsal_leaves_no_stage_out(tmp_path):
+    rehearsed = {s.name for s in plan.rehearsal_stages(tmp_path)}
+    named = {s.name for s in plan.gpu_stages(tmp_path)}
+    assert {n for n in named if not n.startswith("measure ")} <= rehearsed
+    assert {"measure cuda", "measure triton"} <= rehearsed
+
+
+def test_what_makes_other_results_worthless_comes_first(tmp_path):
+    names = [s.name.partition(" ")[0] for s in plan.gpu_stages(tmp_path)]
+    order = list(dict.fromkeys(names))
+    assert order[:5] == ["build", "memcheck", "tests", "reduce", "bits"]
+    assert order.index("bits") < order.index("measure") < order.index("train")
+
+
 def test_targets_name_what_was_measured():
     row = replace(BASE, workload="vit_b16", mode="forward", metric="device_over_copy_x", p50=1.2)
     rows = [
