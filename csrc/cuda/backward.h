@@ -114,19 +114,8 @@ class Backward {
   template <class Work>
   SRN_DEVICE void for_each(const Entry& e, const Record& r, const BackwardPointers& p, A factor,
                            Work&& work) {
-    if (r.path == kScalars) {
-      stage_u(c, r, e.index, factor, sh.sums);
-      with_panel_count<Any>(r.vectors,
-                            [&](auto n) { staged<Any, Any, 1, n.kValue>(e, r, p, work); });
-    } else if (r.path == kVectors) {
-      stage_u(c, r, e.index, factor, sh.sums);
-      with_types<A>(r.type, r.other_type, [&](auto type, auto other) {
-        with_panel_count<void>(r.vectors, [&](auto n) {
-          staged<typename decltype(type)::Type, typename decltype(other)::Type, kVectorWidth<A>,
-                 n.kValue>(e, r, p, work);
-        });
-      });
-    } else {
+    if (r.path != kDirect) stage_u(c, r, e.index, factor, sh.sums);
+    if (!with_panel<A>(r, [&](auto panel) { staged<decltype(panel)>(e, r, p, work); })) {
       const A* u = round_u<A>(c, r);
       const A* v = round_v<A>(c, r);
       int added = 0;
@@ -146,8 +135,11 @@ class Backward {
   }
 
   // u of the slab's rows lies in shared memory, a thread's part of v of a panel in registers.
-  template <class E, class O, int kWidth, int kVectors, class Work>
+  template <class P, class Work>
   SRN_DEVICE void staged(const Entry& e, const Record& r, const BackwardPointers& p, Work& work) {
+    using E = typename P::Weight;
+    using O = typename P::Other;
+    constexpr int kWidth = P::kWidth, kVectors = P::kVectors;
     constexpr int kRows = kRowsInFlight<E>;
     const int columns = r.columns, type = r.type, other = r.other_type, offset = r.other_offset;
     const int size = bytes_of<E>(type), grad_size = bytes_of<O>(other);

@@ -147,6 +147,29 @@ SRN_DEVICE void with_panel_count(int vectors, F&& f) {
   }
   f(Count<kPartVectors>());
 }
+// How slabs are read by panels: types of the weight and of the other tensor, elements of a unit,
+// and units of a thread.
+template <class E, class O, int kUnit, int kUnits>
+struct Panel {
+  using Weight = E;
+  using Other = O;
+  static constexpr int kWidth = kUnit, kVectors = kUnits;
+};
+// f(Panel<...>()) as a record says; false where nothing is staged.
+template <class A, class F>
+SRN_DEVICE bool with_panel(const Record& r, F&& f) {
+  if (r.path == kScalars) {
+    with_panel_count<Any>(r.vectors, [&](auto n) { f(Panel<Any, Any, 1, n.kValue>()); });
+  } else if (r.path == kVectors) {
+    with_types<A>(r.type, r.other_type, [&](auto type, auto other) {
+      with_panel_count<void>(r.vectors, [&](auto n) {
+        f(Panel<typename decltype(type)::Type, typename decltype(other)::Type, kVectorWidth<A>,
+                n.kValue>());
+      });
+    });
+  }
+  return r.path != kDirect;
+}
 // Rows of a thread that are in flight: with a type of Any the code is large as it is.
 template <class E>
 constexpr int kRowsInFlight = std::is_same_v<E, Any> ? 1 : 2;

@@ -436,19 +436,8 @@ class Forward {
     const double factor = this->factor(e, r, p);
     const A a = A(factor * load_shared_by_ctas(&c.stats[r.stats_row].a));
     const A b = A(factor * load_shared_by_ctas(&c.stats[r.stats_row].b));
-    if (r.path == kScalars) {
-      stage_u(c, r, e.index, b, sh.sums);
-      with_panel_count<Any>(r.vectors,
-                            [&](auto n) { rescaled<Any, Any, 1, n.kValue>(e, r, p, a); });
-    } else if (r.path == kVectors) {
-      stage_u(c, r, e.index, b, sh.sums);
-      with_types<A>(r.type, r.other_type, [&](auto type, auto other) {
-        with_panel_count<void>(r.vectors, [&](auto n) {
-          rescaled<typename decltype(type)::Type, typename decltype(other)::Type, kVectorWidth<A>,
-                   n.kValue>(e, r, p, a);
-        });
-      });
-    } else {
+    if (r.path != kDirect) stage_u(c, r, e.index, b, sh.sums);
+    if (!with_panel<A>(r, [&](auto panel) { rescaled<decltype(panel)>(e, r, p, a); })) {
       const A* u = round_u<A>(c, r);
       const A* v = round_v<A>(c, r);
       for_each_in_slab(r, e.index, [&](int64_t at, int row, int column) {
@@ -462,8 +451,11 @@ class Forward {
   }
 
   // b u of the slab's rows lies in shared memory, a thread's part of v of a panel in registers.
-  template <class E, class O, int kWidth, int kVectors>
+  template <class P>
   SRN_DEVICE void rescaled(const Entry& e, const Record& r, const ForwardPointers& p, A a) {
+    using E = typename P::Weight;
+    using O = typename P::Other;
+    constexpr int kWidth = P::kWidth, kVectors = P::kVectors;
     constexpr int kRows = kRowsInFlight<E>;
     const int columns = r.columns, type = r.type, other = r.other_type;
     const int size = bytes_of<E>(type), out_size = bytes_of<O>(other);
