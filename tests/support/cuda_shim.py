@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
+import re
 import subprocess
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
@@ -22,16 +23,29 @@ from srn_kernels.backends.tiling.config import KB, MB, LaunchConfig
 
 ROOT = Path(__file__).parents[2]
 CSRC = ROOT / "csrc"
-SOURCES = ("normalize.cu", "backward.cu", "bindings.cpp", "shim/fibers.cpp", "shim/runtime.cpp")
+BUILD = ROOT / "build" / "cuda_shim"
+SOURCES = ("normalize.cu", "bindings.cpp", "backward.cu", "shim/fibers.cpp", "shim/runtime.cpp")
 COMPILER = os.environ.get("CXX", "g++")
 # Four consumer warps instead of fifteen: threads are fibers here.
 FLAGS = ("-std=c++20", "-O2", "-fPIC", "-DSRN_SHIM", "-DSRN_CONSUMER_WARPS=4", "-Wall")
 
 
-def fingerprint(flags: tuple[str, ...]) -> str:
+def read_by(source: Path) -> set[Path]:
+    """The project's files that a source includes, and the source."""
+    found, left = set(), [source]
+    while left:
+        path = left.pop()
+        if path in found or not path.exists():
+            continue
+        found.add(path)
+        names = re.findall(r'^#include "(.+)"', path.read_text(), re.MULTILINE)
+        left += [(path.parent / name).resolve() for name in names]
+    return found
+
+
+def fingerprint(source: Path, flags: tuple[str, ...]) -> str:
     h = hashlib.sha256(repr((flags, torch.__version__, sysconfig.get_python_version())).encode())
-    files = [*CSRC.glob("*.h"), *CSRC.glob("cuda/*"), *CSRC.glob("cuda/shim/*")]
-    for path in sorted(p for p in files if p.is_file()):
+    for path in sorted(read_by(source)):
         h.update(path.read_bytes())
     return h.hexdigest()[:16]
 
@@ -42,30 +56,37 @@ def _run(*command: str) -> None:
         raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
 
 
+def _compiled(source: str, flags: tuple[str, ...]) -> Path:
+    """The object of a source; compiled anew only if something that it includes changed."""
+    path = CSRC / "cuda" / source
+    to = BUILD / f"{path.stem}_{fingerprint(path, flags)}.o"
+    if not to.exists():
+        temporary = f"{to}.{os.getpid()}"
+        _run(COMPILER, *flags, "-x", "c++", "-c", str(path), "-o", temporary)
+        os.replace(temporary, to)
+    return to
+
+
 def build(sanitizer: str | None = None) -> ModuleType:
-    """The extension as a module; built anew only if a source changed."""
+    """The extension as a module."""
     extra = () if sanitizer is None else (f"-fsanitize={sanitizer}", "-g", "-DSRN_TSAN")
-    folder = ROOT / "build" / "cuda_shim"
-    name = f"srn_cuda_shim_{fingerprint(FLAGS + extra)}"
-    library = folder / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
+    name = "srn_cuda_shim" + (f"_{sanitizer}" if sanitizer else "")
+    includes = [f"-isystem{p}" for p in cpp_extension.include_paths()]
+    includes.append(f"-isystem{sysconfig.get_path('include')}")
+    BUILD.mkdir(parents=True, exist_ok=True)
+
+    def compiled(source: str) -> Path:
+        # Only the kernels are of interest; the fibers tell the sanitizer of their order.
+        flags = FLAGS + (extra if source.endswith(".cu") else extra[1:])
+        if source == "bindings.cpp":
+            flags += (f"-DTORCH_EXTENSION_NAME={name}", *includes)
+        return _compiled(source, flags)
+
+    with ThreadPoolExecutor(2) as pool:
+        objects = [str(path) for path in pool.map(compiled, SOURCES)]
+    key = hashlib.sha256(repr(objects).encode()).hexdigest()[:16]
+    library = BUILD / f"{name}_{key}{sysconfig.get_config_var('EXT_SUFFIX')}"
     if not library.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        includes = [f"-isystem{p}" for p in cpp_extension.include_paths()]
-        includes.append(f"-isystem{sysconfig.get_path('include')}")
-
-        def compiled(source: str) -> str:
-            to = folder / f"{name}_{Path(source).stem}_{os.getpid()}_{len(source)}.o"
-            torch_flags = includes if source == "bindings.cpp" else []
-            # Only the kernels are of interest; the fibers tell the sanitizer of their order.
-            flags = extra if source.endswith(".cu") else extra[1:]
-            _run(
-                *(COMPILER, *FLAGS, *flags, f"-DTORCH_EXTENSION_NAME={name}", *torch_flags),
-                *("-x", "c++", "-c", str(CSRC / "cuda" / source), "-o", str(to)),
-            )
-            return str(to)
-
-        with ThreadPoolExecutor(2) as pool:
-            objects = list(pool.map(compiled, SOURCES))
         libraries = [f"-L{p}" for p in cpp_extension.library_paths()]
         temporary = f"{library}.{os.getpid()}"
         _run(
@@ -73,8 +94,6 @@ def build(sanitizer: str | None = None) -> ModuleType:
             *("-ltorch", "-ltorch_cpu", "-ltorch_python", "-lc10", "-pthread", "-o", temporary),
         )
         os.replace(temporary, library)
-        for path in objects:
-            os.unlink(path)
     spec = importlib.util.spec_from_file_location(name, library)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
