@@ -8,7 +8,9 @@ for, and runs the host-side tests of the CUDA backend against it.
 from __future__ import annotations
 
 import os
+import platform
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -70,7 +72,12 @@ def main() -> None:
         env=environment,
         check=True,
     )
-    print(f"\ntorch {torch.__version__}: built in {time.perf_counter() - began:.0f} s")
+    spent = resource.getrusage(resource.RUSAGE_CHILDREN)
+    print(
+        f"\ntorch {torch.__version__}, Python {platform.python_version()}: "
+        f"built in {time.perf_counter() - began:.0f} s, "
+        f"{spent.ru_utime + spent.ru_stime:.0f} s of a processor"
+    )
     (library,) = BUILD.glob("lib*/srn_kernels/**/_cuda*.so")
     place = next(p for p in library.parents if p.name.startswith("lib"))
     found = images(library)

@@ -1,4 +1,4 @@
-"""Runs a round of the CUDA kernels on the CPU under ThreadSanitizer: `make tsan`.
+"""Runs rounds of the CUDA kernels on the CPU under ThreadSanitizer: `make tsan`.
 
 Fibers of a CTA do not order each other's accesses, only barriers and counters do: a missing barrier
 is a race, and so is a counter that publishes too early.
@@ -25,9 +25,15 @@ def run() -> None:
     made = [(torch.randn(s), 0) for s in shapes]
     made += [oracle.make_weight("conv-transpose", (30, 36), torch.bfloat16)]
     layers = Round.make(made, backend=backend)
-    layers.normalize(2)
-    layers.gradients([torch.randn_like(w) for w in layers.weights], range(len(made)))
-    print("ThreadSanitizer: a forward and a backward were run")
+    gains = [torch.full((1,), 1.5), torch.full((1,), -0.5)]
+    bounds = [0.5, 0.0, 1e6, 0.5, 0.0]
+    through = [True, True, False, False, True]
+    for iterations in (2, 0, -1):  # training, evaluation, and a round that is repeated
+        layers.normalize(iterations, scalings=(gains, [0, 1, -1, -1, -1], bounds, through))
+    upstream = [torch.randn_like(w) for w in layers.weights]
+    wanted = [torch.empty_like(g) for g in gains]
+    layers.gradients(upstream, range(len(made)), (wanted, [0, 1, -1, -1, -1]))
+    print("ThreadSanitizer: three forwards and a backward were run")
 
 
 def main() -> int:
