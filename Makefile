@@ -109,7 +109,7 @@ check-install:
 build-cuda:
 	test -x $(VENV)-cuda/bin/python || $(PYTHON) -m venv $(VENV)-cuda
 	$(VENV)-cuda/bin/python -m pip install --quiet --disable-pip-version-check "$(CUDA_TORCH)" numpy \
-		"setuptools>=77" wheel ninja pybind11 pytest nvidia-cuda-cuobjdump
+		"setuptools>=77" wheel ninja pybind11 pytest rich tabulate nvidia-cuda-cuobjdump
 	$(VENV)-cuda/bin/python tests/support/build_cuda.py
 
 dist: setup

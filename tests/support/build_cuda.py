@@ -21,6 +21,8 @@ import torch
 
 SOURCE = Path(__file__).resolve().parents[2]
 BUILD = SOURCE / "build" / "cuda"
+# The project's own options ask for pytest-benchmark.
+OPTIONS = ("-o", "addopts=--strict-markers", "-o", "pythonpath=tests/support", "-rs")
 HOST_TESTS = ("test_cuda_plan.py", "test_setup.py")
 LOOK = """
 import torch
@@ -98,7 +100,7 @@ def main() -> None:
     environment["PYTHONPATH"] += f"{os.pathsep}{SOURCE}"
     subprocess.run(
         # importlib mode and this order: the package is the built one, benchmarks the source's
-        [sys.executable, "-m", "pytest", "-q", "-o", "pythonpath=tests/support", *tests],
+        [sys.executable, "-m", "pytest", "-q", *OPTIONS, *tests],
         cwd=SOURCE,
         env=environment,
         check=True,
