@@ -73,7 +73,7 @@ class Cycles:
     """Of an SM's consumers. Instructions are those that compile.py counts, of the middle row."""
 
     # For a unit of four elements: forward slab and rescale, backward sums and gradient.
-    instructions: tuple[float, float, float, float] = (26, 19, 21, 25)
+    instructions: tuple[float, float, float, float] = (21, 19, 21, 25)
     narrow: float = 1.4  # times as many where a type has 16 bits
     scalar: float = 0.5  # times as many for a single element
     schedulers: int = 4

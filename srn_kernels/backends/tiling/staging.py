@@ -22,8 +22,8 @@ SLOT_BYTES = (16 * KB, 32 * KB)
 FEWEST_STREAM_SLOTS = 4
 IN_FLIGHT = 64 * KB  # beside what is being worked on, where shared memory is large enough
 # In cycles of an SM, from the machine code and the latencies that are published for it.
-VECTOR_CYCLES = 15 / 4  # of a warp's unit: its instructions over four schedulers
-ROW_CYCLES = 14 / 4
+VECTOR_CYCLES = 16 / 4  # of a warp's unit: its instructions over four schedulers
+ROW_CYCLES = 10 / 4
 WARP_STRETCH = 8  # a warp alone takes so many times longer than its share of the schedulers
 BARRIERS = 150  # a pair, and the sum between them
 SUM_CYCLES = 60, 8  # of a slab's shares of a vector: barriers, and each further group
