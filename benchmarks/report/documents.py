@@ -32,16 +32,22 @@ def _readme(rows: Sequence[Row], busy: Sequence[Row]) -> str:
     grid = tables.savings(rows, busy)
     if not grid.lines:
         return NOTHING
-    chosen = [r for r in rows if r.workload in tables.BRIEF_WORKLOADS]
+    chosen = [
+        r
+        for r in (*rows, *busy)
+        if r.workload in tables.BRIEF_WORKLOADS
+        and r.mode in ("forward_backward", "step")
+        and r not in tables.without_clocks(rows)
+    ]
     return "\n\n".join([grid.markdown(), tables.caption(chosen), f"Made by `{COMMAND}`."])
 
 
 def _saves(rows: Sequence[Row], busy: Sequence[Row]) -> str:
     if not rows:
         return NOTHING
-    parts = []
+    parts, steps = [], [r for r in rows if r.mode == "step"]
     for grid, source, made in (
-        (tables.step(rows), [r for r in rows if r.mode == "step"], COMMAND),
+        (tables.step(rows), [r for r in steps if r not in tables.without_clocks(rows)], COMMAND),
         (tables.busy(busy), busy, BUSY_COMMAND),
         (tables.brief(rows), [r for r in rows if r.mode == "forward_backward"], COMMAND),
     ):

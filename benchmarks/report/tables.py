@@ -13,7 +13,6 @@ from benchmarks.cases import workloads
 from benchmarks.cases.providers import KERNELS, MODES, PROVIDERS
 from benchmarks.cases.workloads import CORE
 from benchmarks.measure.busy import CASES
-from benchmarks.measure.busy import PROVIDERS as BUSY_PROVIDERS
 from benchmarks.measure.busy import WORKLOADS as BUSY_WORKLOADS
 from benchmarks.measure.growth import CURVES, matches
 from benchmarks.measure.growth import PROVIDERS as GROWING
@@ -193,11 +192,17 @@ def step(rows: Sequence[Row]) -> Grid:
     return Grid(title, header, lines)
 
 
+def without_clocks(rows: Sequence[Row]) -> list[Row]:
+    """Rows of steps that :func:`step` cannot show."""
+    shown = {r.workload for r in rows if r.metric == "spent_ms"}
+    return [r for r in rows if r.mode == "step" and r.workload not in shown]
+
+
 def busy(rows: Sequence[Row]) -> Grid:
-    """Mean times beside other processes; a line a model and provider."""
+    """Mean times beside other processes, torch's and ours; a line a model and provider."""
     lines = []
     for name in _ordered((r.workload for r in rows), BUSY_WORKLOADS):
-        for provider in BUSY_PROVIDERS:
+        for provider in ("torch_sn", "module"):
             place = {"provider": provider, "rank_ratio": 1.0, "metric": "mean_ms"}
             found = [find(rows, name, **place, busy=case) for case in CASES]
             if any(found):
