@@ -18,7 +18,6 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -43,6 +42,8 @@ class Photographs(Dataset):
     """JPEG files in memory, decoded and resized when they are asked for."""
 
     def __init__(self, count: int = 64, side: int = 384) -> None:
+        from PIL import Image  # only here: the tables, which import this, need no pictures
+
         generator = np.random.default_rng(0)
         small = generator.integers(0, 256, (count, side // 8, side // 8, 3), dtype=np.uint8)
         self.files = []
@@ -55,6 +56,8 @@ class Photographs(Dataset):
         return 10**9  # never ends
 
     def __getitem__(self, place: int) -> Tensor:
+        from PIL import Image
+
         with Image.open(io.BytesIO(self.files[place % len(self.files)])) as image:
             pixels = np.asarray(image.convert("RGB").resize((128, 128)))
         return torch.from_numpy(pixels.copy()).permute(2, 0, 1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from unittest import mock
 
 import pytest
@@ -179,6 +181,15 @@ def test_neighbours_are_there_and_go(case):
     if case == "loader":
         assert batch.shape == (16, 3, 128, 128) and batch.dtype == torch.uint8
         assert batch.float().std() > 10  # pictures
+
+
+def test_what_a_gpu_machine_imports_needs_no_pictures():
+    """Its Python has torch, triton and pytest; rich and tabulate make the tables."""
+    code = (
+        "import sys; sys.modules |= dict.fromkeys(['PIL', 'matplotlib']); "
+        "import benchmarks.gpu.events, benchmarks.gpu.check, benchmarks.report.tables"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=store.ROOT, check=True)
 
 
 def test_rounds_are_measured_in_every_case(tmp_path, monkeypatch):
