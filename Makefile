@@ -34,12 +34,12 @@ MATRIX_ARGS ?=
 # Tests of the Triton kernels in Triton's interpreter; their own file skips without it or a GPU.
 INTERPRETED := tests/backends/test_triton_kernels.py tests/backends/test_gpu_kernels.py \
 	tests/benchmarks/test_traffic.py tests/core/test_functional.py \
-	-k "triton and not any_scale and not any_layer"
+	-k "triton and not any_scale"
 
 # Tests of the CUDA kernels, compiled for the CPU against csrc/cuda/shim.
 EMULATED := tests/backends/test_cuda_kernels.py tests/backends/test_gpu_kernels.py \
 	tests/backends/test_cuda_plan.py tests/backends/test_cuda_host.py tests/core/test_functional.py \
-	-k "cuda and not any_scale and not any_layer"
+	-k "cuda and not any_scale"
 
 VENV := .venv
 BIN := $(VENV)/bin

@@ -1,80 +1,21 @@
-"""The functional core through every backend: edge cases, any layer, and projection."""
+"""The functional core through every backend: edge cases, layers of all kinds, and projection."""
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import oracle
 import pytest
 import torch
-from hypothesis import assume, given, settings
-from hypothesis import strategies as st
-from live import live_backends, serves
+from live import live_backends
+from one_layer import run
 from oracle import DTYPES, LAYOUTS, NOT_DENSE, dtype_id
-from torch import Tensor
 
 from srn_kernels.functional import stable_rank_normalize, stable_rank_project_
 
 BACKENDS = pytest.mark.parametrize("backend", live_backends())
 FLOAT64_BACKENDS = pytest.mark.parametrize("backend", live_backends(torch.float64))
 NARROW = [torch.float32, torch.bfloat16, torch.float16]
-
-
-class Round(NamedTuple):
-    """One layer's round: state before and after, W_hat, G and dL/dW."""
-
-    weight: Tensor
-    before: tuple[Tensor, Tensor]
-    u: Tensor
-    v: Tensor
-    out: Tensor
-    g: Tensor
-    grad: Tensor
-
-    @property
-    def moved(self) -> bool:
-        return not all(map(torch.equal, self.before, (self.u, self.v)))
-
-    def check(self, rank: float, *, iterations: int = 1, dim: int = 0, what: str = "") -> None:
-        """Against the oracle, forward and backward."""
-        pair = self.u, self.v
-        if iterations == 0:  # the round's own u and v are the state's unit vectors
-            assert not self.moved
-            pair = oracle.iterate(oracle.matrix_of(self.weight, dim), *self.before, 0)
-        layer = oracle.assert_forward(
-            self.weight, dim, self.before, rank, iterations, self.out, *pair, what=what
-        )
-        oracle.assert_gradient(layer, self.g, self.grad, dim, what)
-
-
-def run(
-    backend: str,
-    weight: Tensor,
-    rank: float,
-    *,
-    state: tuple[Tensor, Tensor] | None = None,
-    iterations: int = 1,
-    dim: int = 0,
-    out_dtype: torch.dtype | None = None,
-) -> Round:
-    u, v = state or oracle.make_state(weight, dim)
-    before = u.clone(), v.clone()
-    leaf = weight.detach().requires_grad_()
-    (out,) = stable_rank_normalize(
-        [leaf],
-        [u],
-        [v],
-        [rank],
-        n_power_iterations=max(1, iterations),
-        training=iterations > 0,
-        dims=[dim],
-        out_dtype=out_dtype,
-        backend=backend,
-    )
-    g = torch.randn(out.shape).to(out.dtype)
-    (grad,) = torch.autograd.grad(out, leaf, g)
-    return Round(weight.detach(), before, u, v, out.detach(), g, grad)
 
 
 @BACKENDS
@@ -248,40 +189,6 @@ def test_before_convergence_the_frobenius_norm_is_exact_and_the_stable_rank_boun
         assert float(singular[0]) >= 1 - loose
         if iterations == 4:  # close to the top pair by now
             assert float(singular[0]) <= 1.2
-
-
-@settings(max_examples=60, deadline=None, derandomize=True)
-@given(
-    rows=st.integers(1, 40),
-    columns=st.integers(1, 130),
-    exponent=st.integers(-6, 12),
-    fraction=st.sampled_from([0.0, 0.1, 0.4, 0.8, math.inf]),
-    dtype=st.sampled_from(DTYPES),
-    layout=st.sampled_from(sorted(LAYOUTS)),
-    iterations=st.integers(0, 3),
-    seed=st.integers(0, 2**31),
-)
-@BACKENDS
-def test_any_layer_agrees_with_the_oracle(
-    backend, rows, columns, exponent, fraction, dtype, layout, iterations, seed
-):
-    assume(serves(backend, dtype))
-    torch.manual_seed(seed)
-    weight, dim = oracle.make_weight(layout, (rows, columns), torch.float64)
-    # 16-bit weights keep a scale that float16 can hold.
-    scale = 10.0**exponent if dtype in (torch.float32, torch.float64) else 2.0 ** (exponent / 3)
-    weight = (weight * scale).to(dtype)
-    rank = max(1.0, fraction * min(rows, columns)) if fraction < math.inf else math.inf
-    if min(rows, columns) == 1:
-        rank = math.inf
-    result = run(backend, weight, rank, iterations=iterations, dim=dim)
-    w = oracle.matrix_of(weight, dim)
-    pair = (result.u, result.v) if iterations else oracle.iterate(w, *result.before, 0)
-    layer = oracle.normalized(w, *pair, rank)
-    bounds = oracle.Bounds(layer, oracle.unit_of(result.u.dtype))
-    if abs(layer.q - (rank - 1)) <= bounds.q:
-        return  # either branch is right, and their gradients differ
-    result.check(rank, iterations=iterations, dim=dim)
 
 
 # Several layers in one call.
