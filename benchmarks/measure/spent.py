@@ -2,8 +2,9 @@
 
 A step is timed with clocks around what normalising adds to it: in the forward the hooks that begin
 and end a round (torch: the parametrization's own call), in the backward each autograd node between
-W_hat and the Parameter. What the caches lose to it is not in the sum: the difference to the plain
-step has that, and all of the step's noise.
+W_hat and the Parameter. Two things are not in the sum: what the caches lose to it, and what calling
+a layer takes longer before that (here a guard around its forward, in torch a property). The
+difference to the plain step has both, and all of the step's noise.
 """
 
 from __future__ import annotations
